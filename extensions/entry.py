@@ -1,0 +1,134 @@
+"""The Jinja entry: the names of the globals and filters that copier.yml and template/ use.
+
+Copier's loader executes this file alone, without its siblings. During `copier update` the old and
+the new version of the template run in one process, so the siblings are imported as a package whose
+name is unique to this checkout: each version gets its own code.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from functools import wraps
+from hashlib import sha256
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from copier.errors import UserMessageError
+from jinja2 import Environment, pass_context
+from jinja2.ext import Extension
+from jinja2.runtime import Context
+
+
+def _package() -> str:
+    """Import the folder of this file as a package of its own; returns the package's name."""
+    here = Path(__file__).resolve().parent
+    name = f"tkt_text_embeddings_{sha256(str(here).encode()).hexdigest()[:12]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(
+            name, here / "__init__.py", submodule_search_locations=[str(here)]
+        )
+        assert spec is not None and spec.loader is not None
+        package = importlib.util.module_from_spec(spec)
+        sys.modules[name] = package
+        spec.loader.exec_module(package)
+    return name
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"{_package()}.{name}")
+
+
+def _spoken(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a TemplateError reach the user as Copier's own one-line error."""
+
+    @wraps(function)
+    def speak(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except _module("errors").TemplateError as error:
+            raise UserMessageError(str(error)) from None
+
+    return speak
+
+
+class TextEmbeddings(Extension):
+    """Registers what copier.yml and template/ call. How it works is the other modules' business."""
+
+    def __init__(self, environment: Environment) -> None:
+        super().__init__(environment)
+        answers, accelerator = _module("answers"), _module("accelerator")
+        # Pins resolved by this environment, by (model_id, model_version): Copier asks for a
+        # default more than once, and a fresh pin must not count as stale (-d refresh=true).
+        resolved: dict[tuple[str, str], dict[str, Any]] = {}
+
+        @pass_context
+        def answers_are_valid(context: Context) -> bool:
+            """Check every answer given so far, before Copier turns a wrong one into a traceback."""
+            conf = context["_copier_conf"]
+            given = {name: context[name] for name in answers.RULES if name in context}
+            answers.check(given, pin_from=_pin_source(context), data=dict(conf["data"]))
+            return True
+
+        @pass_context
+        def registered_models(context: Context) -> str:
+            """Choices of `model_id` for a person at the prompt; none when nobody is asked."""
+            conf = context["_copier_conf"]
+            if conf["defaults"] or "model_id" in conf["data"]:
+                return "[]"
+            return json.dumps(_module("pin").choices(keep=context.get("model_id")))
+
+        @pass_context
+        def resolved_pin(context: Context) -> str:
+            """The pin of `model_id` at `model_version`, as JSON."""
+            key = (context["model_id"], context["model_version"])
+            if key not in resolved:
+                resolved[key] = _module("pin").resolve(*key).to_mapping()
+            return json.dumps(resolved[key], ensure_ascii=False)
+
+        @pass_context
+        def pin_problem(context: Context, pin: object) -> str:
+            """Why `pin` must be resolved anew; empty when it stands."""
+            key = (context["model_id"], context["model_version"])
+            if pin == resolved.get(key):
+                return ""
+            refresh = answers.truth(context.get("refresh", False))
+            asked = refresh and "pin" not in context["_copier_conf"]["data"]
+            return "a refresh was asked for" if asked else _module("pin").stale(pin, *key)
+
+        @pass_context
+        def answers_agree(context: Context) -> bool:
+            """Check the answers that only make sense together, before a file is written."""
+            answers.check_together({name: context[name] for name in answers.RULES})
+            return True
+
+        @pass_context
+        def plan(context: Context) -> object:
+            """What Kubernetes and TEI are told, from the pin and the accelerator."""
+            return _module("sizing").plan(_module("pin").Pin.from_mapping(context["pin"]), {
+                name: context[name] for name in answers.RULES
+            })
+
+        functions = {
+            "answers_are_valid": answers_are_valid,
+            "answers_agree": answers_agree,
+            "answer_problem": answers.problem,
+            "registered_models": registered_models,
+            "resolved_pin": resolved_pin,
+            "pin_problem": pin_problem,
+            "accelerator_choices": accelerator.choices,
+            "accelerator_of": accelerator.for_name,
+            "plan": plan,
+        }
+        environment.globals.update({name: _spoken(f) for name, f in functions.items()})
+        environment.filters.update(
+            yaml_text=yaml_text,
+            markdown_text=markdown_text,
+            shell_text=shlex.quote,
+            without_credentials=without_credentials,
+        )
