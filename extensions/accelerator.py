@@ -111,7 +111,7 @@ def load() -> Mapping[str, Accelerator]:
 
 
 def _accelerator(name: str, row: Mapping[str, Any], repository: str) -> Accelerator:
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
     images = {
         platform: f"{repository}:{image['tag']}"
         + (f"@{image['digest']}" if "digest" in image else "")
