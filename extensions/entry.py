@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import shlex
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -33,7 +32,8 @@ def _package() -> str:
         spec = importlib.util.spec_from_file_location(
             name, here / "__init__.py", submodule_search_locations=[str(here)]
         )
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         package = importlib.util.module_from_spec(spec)
         sys.modules[name] = package
         spec.loader.exec_module(package)
@@ -62,17 +62,22 @@ class TextEmbeddings(Extension):
 
     def __init__(self, environment: Environment) -> None:
         super().__init__(environment)
-        answers, accelerator = _module("answers"), _module("accelerator")
+        answers, accelerator, catalog, texts = map(
+            _module, ("answers", "accelerator", "catalog", "texts")
+        )
         # Pins resolved by this environment, by (model_id, model_version): Copier asks for a
         # default more than once, and a fresh pin must not count as stale (-d refresh=true).
         resolved: dict[tuple[str, str], dict[str, Any]] = {}
 
         @pass_context
         def answers_are_valid(context: Context) -> bool:
-            """Check every answer given so far, before Copier turns a wrong one into a traceback."""
-            conf = context["_copier_conf"]
-            given = {name: context[name] for name in answers.RULES if name in context}
-            answers.check(given, pin_from=_pin_source(context), data=dict(conf["data"]))
+            """Check all answers given so far, before Copier turns a wrong one into a traceback."""
+            # Jinja has a global called `namespace`: that one is no answer.
+            none = environment.globals
+            given = {n: context[n] for n in answers.RULES if context.get(n) is not none.get(n)}
+            answers.check(given)
+            if "pin" in context and not refreshing(context):
+                _module("pin").Pin.from_mapping(answers.mapping(context["pin"]))
             return True
 
         @pass_context
@@ -81,15 +86,32 @@ class TextEmbeddings(Extension):
             conf = context["_copier_conf"]
             if conf["defaults"] or "model_id" in conf["data"]:
                 return "[]"
-            return json.dumps(_module("pin").choices(keep=context.get("model_id")))
+            return json.dumps(source().choices())
+
+        def source() -> ModuleType:
+            """Who knows models: the registry, or the catalogue when no registry is at hand."""
+            return _module("pin") if _module("registry").tracking_uri() else catalog
+
+        def refreshing(context: Context) -> bool:
+            """-d refresh=true was given, and no pin with it."""
+            wanted = answers.truth(context.get("refresh", False))
+            return wanted and "pin" not in context["_copier_conf"]["data"]
 
         @pass_context
         def resolved_pin(context: Context) -> str:
             """The pin of `model_id` at `model_version`, as JSON."""
             key = (context["model_id"], context["model_version"])
             if key not in resolved:
-                resolved[key] = _module("pin").resolve(*key).to_mapping()
+                resolved[key] = catalog.enriched(source().resolve(*key)).to_mapping()
             return json.dumps(resolved[key], ensure_ascii=False)
+
+        @pass_context
+        def pin_is_asked(context: Context) -> bool:
+            """Never; but a pin given as --data must be of the model that is asked for."""
+            given = "pin" in context["_copier_conf"]["data"]
+            if given and (wrong := pin_problem(context, answers.mapping(context["pin"]))):
+                raise _module("errors").ConfigurationError(f"{wrong}: leave pin out.")
+            return False
 
         @pass_context
         def pin_problem(context: Context, pin: object) -> str:
@@ -97,38 +119,41 @@ class TextEmbeddings(Extension):
             key = (context["model_id"], context["model_version"])
             if pin == resolved.get(key):
                 return ""
-            refresh = answers.truth(context.get("refresh", False))
-            asked = refresh and "pin" not in context["_copier_conf"]["data"]
-            return "a refresh was asked for" if asked else _module("pin").stale(pin, *key)
+            if refreshing(context):
+                return "a refresh was asked for"
+            return str(_module("pin").stale(_module("pin").Pin.from_mapping(pin), *key))
 
         @pass_context
         def answers_agree(context: Context) -> bool:
             """Check the answers that only make sense together, before a file is written."""
-            answers.check_together({name: context[name] for name in answers.RULES})
+            answers.check_together({name: context[name] for name in answers.RULES}, pin_of(context))
             return True
+
+        def pin_of(context: Context) -> Any:
+            return _module("pin").Pin.from_mapping(context["pin"])
 
         @pass_context
         def plan(context: Context) -> object:
             """What Kubernetes and TEI are told, from the pin and the accelerator."""
-            return _module("sizing").plan(_module("pin").Pin.from_mapping(context["pin"]), {
-                name: context[name] for name in answers.RULES
-            })
+            given = {name: context[name] for name in answers.RULES}
+            return _module("sizing").plan(pin_of(context), given)
 
         functions = {
             "answers_are_valid": answers_are_valid,
             "answers_agree": answers_agree,
             "answer_problem": answers.problem,
             "registered_models": registered_models,
+            "pin_is_asked": pin_is_asked,
             "resolved_pin": resolved_pin,
             "pin_problem": pin_problem,
-            "accelerator_choices": accelerator.choices,
+            "accelerator_choices": lambda: json.dumps(accelerator.choices()),
             "accelerator_of": accelerator.for_name,
             "plan": plan,
         }
         environment.globals.update({name: _spoken(f) for name, f in functions.items()})
         environment.filters.update(
-            yaml_text=yaml_text,
-            markdown_text=markdown_text,
-            shell_text=shlex.quote,
-            without_credentials=without_credentials,
+            yaml_text=texts.yaml_text,
+            markdown_text=texts.markdown_text,
+            shell_text=texts.shell_text,
+            without_credentials=texts.without_credentials,
         )

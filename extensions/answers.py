@@ -1,0 +1,192 @@
+"""What each answer may be, and which answers may stand together.
+
+Copier turns a wrong `--data` value into a traceback of forty lines. So every answer is checked here,
+at the first question, and a wrong one ends the run in one sentence before anything is written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from . import accelerator
+from .errors import ConfigurationError, UnsuitableModelError
+from .pin import Pin
+
+_DNS_LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+_DNS_NAME = rf"{_DNS_LABEL}(\.{_DNS_LABEL})*"
+_HUB_NAME = r"[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.)){0,95}"
+_PORT = r"(:[0-9]{1,5})?"
+_SHOWN_CHARACTERS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What one answer may be."""
+
+    wanted: str = ""
+    """The rest of the sentence `<name>: <value> is not …`. Empty: see `choices`."""
+
+    pattern: str = ""
+    """Regular expression that the whole text must match."""
+
+    choices: Callable[[], tuple[str, ...]] | None = None
+    """The only values that are allowed; of each item when `many`."""
+
+    many: bool = False
+    """The answer is a list."""
+
+    longest: int = 253
+    """Characters, at most."""
+
+    secret: bool = False
+    """The value may hold a credential by mistake and is never shown."""
+
+
+def _one_of(*values: str) -> Rule:
+    return Rule(choices=lambda: values)
+
+
+COMPONENTS = (
+    "monitoring",
+    "autoscaling-hpa",
+    "autoscaling-keda",
+    "gateway",
+    "ingress",
+    "network-policy",
+    "api-key",
+    "gpu-toleration",
+)
+
+RULES: dict[str, Rule] = {
+    "model_id": Rule(
+        "a Hugging Face id (owner/name) or the name of a registered model: use letters, digits, "
+        "'.', '_', '-' and at most one '/'",
+        rf"{_HUB_NAME}(/{_HUB_NAME})?",
+    ),
+    "model_version": Rule(
+        "a model version: use latest, a number, or @ and an alias",
+        r"latest|[1-9][0-9]{0,8}|@[A-Za-z0-9_-]+",
+    ),
+    "project_name": Rule(
+        "a project name: use at most 40 lower-case letters, digits and '-', starting with a letter",
+        r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?",
+    ),
+    "project_description": Rule(
+        "a description: use one line of at most 200 printable characters",
+        r"[^\x00-\x1f]*",
+        longest=200,
+    ),
+    "accelerator": Rule(choices=accelerator.names),
+    "image_platform": _one_of("linux/arm64", "linux/amd64"),
+    "platform": _one_of("kubernetes", "thinkube"),
+    "namespace": Rule(
+        "a Kubernetes namespace: use at most 63 lower-case letters, digits and '-'", _DNS_LABEL
+    ),
+    "domain_name": Rule(
+        "a domain name: use lower-case labels with dots, as in example.com", _DNS_NAME
+    ),
+    "container_registry": Rule(
+        "a container registry: use host[:port][/path] in lower case, as in registry.example.com/team",
+        rf"{_DNS_NAME}{_PORT}(/[a-z0-9]+([._-][a-z0-9]+)*)*",
+    ),
+    "model_storage": _one_of("pvc", "ephemeral", "mount"),
+    "artifact_store_claim": Rule("the name of a PersistentVolumeClaim", _DNS_NAME),
+    "mlflow_tracking_uri": Rule(
+        "a tracking URI: use http(s)://host[:port][/path] without user, password or query",
+        rf"https?://{_DNS_NAME}{_PORT}(/[A-Za-z0-9._~-]+)*/?",
+        secret=True,
+    ),
+    "mlflow_auth": _one_of("none", "token", "basic", "keycloak"),
+    "replicas": Rule("a number of replicas: use a whole number from 1 to 99", r"[1-9][0-9]?"),
+    "components": Rule(choices=lambda: COMPONENTS, many=True),
+    "pooling": _one_of("auto", "cls", "mean", "last-token"),
+    "tei_image": _one_of("build", "official"),
+    "tei_ref": Rule("a commit of TEI: use its 40 hexadecimal digits", r"[0-9a-f]{40}"),
+    "storage_class": Rule(
+        "the name of a StorageClass, or empty for the cluster's own", rf"({_DNS_NAME})?"
+    ),
+    "runtime_class_name": Rule("the name of a RuntimeClass, or empty for none", rf"({_DNS_NAME})?"),
+    "allowed_namespaces": Rule(
+        "a list of namespaces: separate their names by spaces", rf"({_DNS_LABEL}( {_DNS_LABEL})*)?"
+    ),
+}
+"""Every answer that a person gives, but for yes/no questions: those take any text (Copier's rule)."""
+
+
+def _shown(value: object, rule: Rule) -> str:
+    """A value as it may stand in an error: short, printable, and never a credential."""
+    if rule.secret:
+        return "what was given"
+    text = str(value)
+    shown = "".join(c if c.isprintable() else "?" for c in text[:_SHOWN_CHARACTERS])
+    return f"'{shown}{'…' if len(text) > _SHOWN_CHARACTERS else ''}'"
+
+
+def problem(name: str, value: object) -> str:
+    """Why `value` cannot be the answer `name`, in one sentence; empty when it can."""
+    rule = RULES[name]
+    shown = f"{name}: {_shown(value, rule)} is not"
+    if rule.choices:
+        allowed = rule.choices()
+        if rule.many:
+            good = all(item in allowed for item in _items(value))
+            return "" if good else f"{shown} a list of these, as in [a, b]: {', '.join(allowed)}."
+        return "" if value in allowed else f"{shown} one of {', '.join(allowed)}."
+    text = str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else "\0"
+    fits = text.isprintable() and len(text) <= rule.longest and re.fullmatch(rule.pattern, text)
+    return "" if fits else f"{shown} {rule.wanted}."
+
+
+def _items(value: object) -> list[Any]:
+    """The items of a list answer, which --data gives as YAML text; [None] when it is no list."""
+    items = mapping(value)
+    return items if isinstance(items, list) else [None]
+
+
+def check(given: Mapping[str, object]) -> None:
+    """Refuse the first of the given answers that cannot be.
+
+    Raises: ConfigurationError, in one sentence that names the answer.
+    """
+    for name, value in given.items():
+        if wrong := problem(name, value):
+            raise ConfigurationError(wrong)
+
+
+def mapping(given: object) -> object:
+    """A mapping answer, which --data gives as YAML text; None when the text is no YAML."""
+    try:
+        return yaml.safe_load(given) if isinstance(given, str) else given
+    except yaml.YAMLError:
+        return None
+
+
+def check_together(given: Mapping[str, Any], pin: Pin) -> None:
+    """Refuse answers that exclude each other.
+
+    Raises: TemplateError, in one sentence that says which and what to change.
+    """
+    image = (given["image_platform"], given["tei_image"], given["tei_ref"])
+    if wrong := accelerator.problem(given["accelerator"], *image):
+        raise ConfigurationError(wrong)
+    components = given["components"]
+    if {"autoscaling-hpa", "autoscaling-keda"} <= set(components):
+        raise ConfigurationError(
+            "components: autoscaling-hpa and autoscaling-keda would fight over the replicas: "
+            "choose one."
+        )
+    if pin.facts.pooling is None and given["pooling"] == "auto":
+        raise UnsuitableModelError(
+            f"{pin.model_id} does not say how it pools, and TEI would guess: answer pooling=mean, "
+            "cls or last-token (its model card says which)."
+        )
+
+
+def truth(value: object) -> bool:
+    """A yes/no given as text, read as Copier reads one."""
+    return str(value).strip().lower() in {"1", "y", "yes", "t", "true", "on"}

@@ -1,0 +1,469 @@
+"""What the files of a Hugging Face embedding model say, and which of them TEI reads.
+
+Works on any folder that can list itself and read a small file: a local one, or one in MLflow.
+"TEI" with a file name is huggingface/text-embeddings-inference at
+0d124dc9773be6ac5a9a57d8439aba9bbbf33273.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, Protocol
+
+from .errors import UnsuitableModelError
+
+SENTENCE_CONFIGS = tuple(
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+"""TEI reads the first that is there for the longest input (core/src/download.rs)."""
+
+_CONFIGS = (
+    "config.json",
+    "1_Pooling/config.json",
+    "modules.json",
+    "config_sentence_transformers.json",
+    "tokenizer_config.json",
+    *SENTENCE_CONFIGS,
+)
+_POSITION_OFFSET = frozenset({"xlm-roberta", "camembert", "roberta"})
+"""Their first usable position is pad_token_id + 1 (TEI router/src/lib.rs)."""
+
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_LONGEST_CONFIG = 1 << 20
+_LONGEST_HEADER = 64 << 20
+_DIGEST_FOLDER = ".cache/huggingface/download"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry of a folder."""
+
+    path: str
+    """Below the model version's artifacts, with '/'."""
+
+    size: int | None
+    """Bytes; None for a folder."""
+
+
+class Folder(Protocol):
+    """The artifacts of one model version."""
+
+    def entries(self, path: str) -> list[Entry]:
+        """What stands directly in a folder ('' is the root); [] when there is no such folder."""
+
+    def read(self, path: str) -> bytes:
+        """A small file, whole."""
+
+    def head(self, path: str, size: int) -> bytes | None:
+        """The first bytes of a large file, or None where that is not cheap."""
+
+
+@dataclass(frozen=True, slots=True)
+class PinnedFile:
+    """One file that TEI reads."""
+
+    path: str
+    """In the folder that TEI gets."""
+
+    source: str
+    """Below the artifact URI; `from` in the mapping."""
+
+    size: int
+    """Bytes."""
+
+    sha256: str | None = None
+    """Lower-case hexadecimal; None where nobody recorded it."""
+
+    blob_sha1: str | None = None
+    """SHA-1 of Git's blob (header and content), which Hugging Face records for small files."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What sizing, flags and documentation need to know of a model. None: not known."""
+
+    architecture: str
+    """`model_type` of config.json, by which TEI chooses its implementation."""
+
+    class_name: str | None = None
+    """First of `architectures` of config.json."""
+
+    dimensions: int | None = None
+    """Length of one embedding."""
+
+    max_input_tokens: int | None = None
+    """Longest input that the model takes, in tokens."""
+
+    pooling: str | None = None
+    """cls, mean or last-token, as TEI's --pooling takes it."""
+
+    parameters: int | None = None
+    dtype: str | None = None
+    """Of the stored weights: float32, float16 or bfloat16."""
+
+    weights_bytes: int | None = None
+    """Size of the weight files."""
+
+    hidden_size: int | None = None
+    layers: int | None = None
+    attention_heads: int | None = None
+    intermediate_size: int | None = None
+    vocab_size: int | None = None
+    normalize: bool | None = None
+    """The model's own pipeline ends with L2 normalisation."""
+
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    """Prefixes by name, from config_sentence_transformers.json."""
+
+    license: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingModel:
+    """An embedding model as its files describe it."""
+
+    files: tuple[PinnedFile, ...]
+    facts: Facts
+    configs: Mapping[str, Any]
+    """The parsed JSON files by path; only those that are there."""
+
+    revision: str | None
+    """Commit on the Hugging Face Hub, where the mirror kept it."""
+
+
+def inspect(folder: Folder, name: str) -> EmbeddingModel:
+    """Read what describes the model, never its weights.
+
+    Args: name: how errors call the model.
+    Raises: UnsuitableModelError when TEI could not load it; says what is missing or wrong.
+    """
+    root = _model_root(folder, name)
+    found = _files(folder, root, name)
+    configs: dict[str, Any] = {
+        path: _json(folder, entry, f"{name}: {path}")
+        for path, entry in found.items()
+        if path in _CONFIGS
+    }
+    config = configs["config.json"]
+    for path in _dense_modules(configs.get("modules.json")):
+        for entry in folder.entries(_join(root, path)):
+            file_name = entry.path.rsplit("/", 1)[-1]
+            if file_name in ("config.json", "model.safetensors", "pytorch_model.bin"):
+                found[f"{path}/{file_name}"] = entry
+                if file_name == "config.json":
+                    configs[f"{path}/config.json"] = _json(folder, entry, f"{name}: {path}")
+    weights = _weights(folder, root, found, name)
+    for path in [p for p in found if _is_weight(p) and "/" not in p and p not in weights]:
+        del found[path]
+    digests = _digests(folder, root, found)
+    files = tuple(
+        PinnedFile(path, entry.path, entry.size or 0, *digests.get(path, ("", None, None))[1:])
+        for path, entry in sorted(found.items())
+    )
+    revisions = {revision for revision, *_ in digests.values()}
+    facts = _facts(config, configs, found, weights, folder)
+    return EmbeddingModel(files, facts, configs, revisions.pop() if len(revisions) == 1 else None)
+
+
+def weights_size(folder: Folder, name: str) -> int:
+    """Bytes of the weights that TEI would load; raises UnsuitableModelError like `inspect`."""
+    root = _model_root(folder, name)
+    found = _files(folder, root, name)
+    return sum(found[path].size or 0 for path in _weights(folder, root, found, name))
+
+
+# Which files
+
+
+def _join(root: str, path: str) -> str:
+    return f"{root}/{path}" if root else path
+
+
+def _is_weight(path: str) -> bool:
+    return path.endswith((".safetensors", ".safetensors.index.json", "pytorch_model.bin"))
+
+
+def _model_root(folder: Folder, name: str) -> str:
+    """The folder that holds config.json and weights.
+
+    Decided by the listing, never by MLmodel: a mirror's `model_binary` names a folder that is not
+    there. 1_Pooling and N_Dense have a config.json too, so it must stand beside a model's files.
+    """
+    queue, seen_gguf = [""], False
+    for depth in range(3):
+        children: list[str] = []
+        for path in queue:
+            entries = folder.entries(path)
+            names = {e.path.rsplit("/", 1)[-1] for e in entries if e.size is not None}
+            seen_gguf |= any(n.endswith(".gguf") for n in names)
+            if "config.json" in names and (
+                any(_is_weight(n) for n in names) or {"tokenizer.json", "modules.json"} & names
+            ):
+                return path
+            children += [e.path for e in entries if e.size is None]
+        queue = [c for c in children if not re.search(r"(^|/)(\.|onnx|openvino|\d_)", c)][:20]
+        if depth == 0 and not queue:
+            break
+    if seen_gguf:
+        raise UnsuitableModelError(
+            f"{name} is a GGUF model, which TEI cannot read: register the safetensors original."
+        )
+    raise UnsuitableModelError(
+        f"{name} is no embedding model that TEI can serve: its artifacts hold no folder with "
+        "config.json and model.safetensors."
+    )
+
+
+def _files(folder: Folder, root: str, name: str) -> dict[str, Entry]:
+    """The small files that TEI reads, and all weights of the root, by their path for TEI."""
+    entries = {e.path.rsplit("/", 1)[-1]: e for e in folder.entries(root)}
+    wanted = {*_CONFIGS, "tokenizer.json"}
+    found = {
+        n: e for n, e in entries.items() if e.size is not None and (n in wanted or _is_weight(n))
+    }
+    if "tokenizer.json" not in found:
+        # mlflow.transformers saves a pipeline in parts: the tokenizer stands beside the model.
+        parent = root.rpartition("/")[0]
+        for entry in folder.entries(_join(parent, "components/tokenizer")):
+            file_name = entry.path.rsplit("/", 1)[-1]
+            if file_name in ("tokenizer.json", "tokenizer_config.json"):
+                found.setdefault(file_name, entry)
+    if "1_Pooling" in entries:
+        for entry in folder.entries(_join(root, "1_Pooling")):
+            if entry.path.endswith("/config.json"):
+                found["1_Pooling/config.json"] = entry
+    missing = [n for n in ("config.json", "tokenizer.json") if n not in found]
+    if not any(_is_weight(n) for n in found):
+        missing.append("model.safetensors (or pytorch_model.bin)")
+    if missing:
+        raise UnsuitableModelError(
+            f"{name} lacks {' and '.join(missing)}, which TEI needs: register it again with "
+            "its complete files."
+        )
+    return found
+
+
+def _weights(folder: Folder, root: str, found: dict[str, Entry], name: str) -> list[str]:
+    """The weight files of the root that TEI is to load, the index included."""
+    if "model.safetensors" in found:
+        return ["model.safetensors"]
+    index = "model.safetensors.index.json"
+    if index in found:
+        weight_map = _json(folder, found[index], f"{name}: {index}").get("weight_map")
+        shards = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
+        missing = [str(s) for s in shards if s not in found]
+        if missing or not shards:
+            raise UnsuitableModelError(
+                f"{name} lacks {', '.join(missing[:3]) or 'a weight map'}, which {index} names: "
+                "register it again with its complete files."
+            )
+        return [index, *shards]
+    if "pytorch_model.bin" in found:
+        return ["pytorch_model.bin"]
+    raise UnsuitableModelError(
+        f"{name} holds its weights as {', '.join(sorted(p for p in found if _is_weight(p))[:3])}, "
+        "which TEI does not read: save it as model.safetensors."
+    )
+
+
+def _dense_modules(modules: Any) -> Iterator[str]:
+    """Folders of the Dense modules that modules.json lists."""
+    for module in modules if isinstance(modules, list) else []:
+        path = str(module.get("path", "")) if isinstance(module, dict) else ""
+        if re.fullmatch(r"\d+_Dense[\w.-]*", path):
+            yield path
+
+
+def _digests(
+    folder: Folder, root: str, found: Mapping[str, Entry]
+) -> dict[str, tuple[str, str | None, str | None]]:
+    """(revision, sha256, blob sha1) by path, from what huggingface_hub leaves beside a download.
+
+    Three lines: commit, ETag (SHA-256 of LFS files, Git's blob SHA-1 of others), time
+    (huggingface_hub/_local_folder.py). A model that was saved anew has none.
+    """
+    prefix = f"{root}/" if root else ""
+    cached = _join(root, _DIGEST_FOLDER)
+    folders = {path.rpartition("/")[0] for path in found}
+    listed = {e.path for f in folders for e in folder.entries(_join(cached, f) if f else cached)}
+    digests = {}
+    for path, entry in found.items():
+        metadata = f"{cached}/{path}.metadata"
+        if metadata not in listed or entry.path != f"{prefix}{path}":
+            continue
+        lines = folder.read(metadata).decode("utf-8", "replace").splitlines()
+        revision, etag = (line.strip().strip('"') for line in [*lines, "", ""][:2])
+        if not re.fullmatch(r"[0-9a-f]{40}", revision):
+            continue
+        sha256 = etag if re.fullmatch(r"[0-9a-f]{64}", etag) else None
+        sha1 = etag if re.fullmatch(r"[0-9a-f]{40}", etag) else None
+        digests[path] = (revision, sha256, sha1)
+    return digests
+
+
+# What they say
+
+
+def _json(folder: Folder, entry: Entry, name: str) -> Any:
+    if (entry.size or 0) > _LONGEST_CONFIG and not entry.path.endswith(".index.json"):
+        raise UnsuitableModelError(f"{name} is {entry.size} bytes long, which no config file is.")
+    try:
+        value = json.loads(folder.read(entry.path))
+    except (ValueError, RecursionError):
+        raise UnsuitableModelError(
+            f"{name} is not JSON: the registered copy is damaged, register it again."
+        ) from None
+    if entry.path.endswith("config.json") and not isinstance(value, dict):
+        raise UnsuitableModelError(f"{name} holds no JSON object: register it again.")
+    return value
+
+
+def _integer(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def _first(config: Mapping[str, Any], *names: str) -> int | None:
+    """The first of the integers that the config has under these names."""
+    nested = config.get("text_config")
+    for source in (config, nested if isinstance(nested, dict) else {}):
+        for name in names:
+            if (value := _integer(source.get(name))) is not None:
+                return value
+    return None
+
+
+def printable(text: object, longest: int = 500) -> str:
+    """Text from the registry without what could disturb a terminal or a file."""
+    return "".join(c if c.isprintable() else " " for c in str(text)[:longest])
+
+
+def _facts(
+    config: Mapping[str, Any],
+    configs: Mapping[str, Any],
+    found: Mapping[str, Entry],
+    weights: list[str],
+    folder: Folder,
+) -> Facts:
+    hidden_size = _first(config, "hidden_size", "n_embd", "d_model", "dim")
+    weights_bytes = sum(found[w].size or 0 for w in weights if not w.endswith(".json"))
+    header = _safetensors_header(folder, found.get("model.safetensors"))
+    dtype, parameters = header or (_stored_dtype(config), None)
+    if parameters is None and dtype is not None:
+        parameters = weights_bytes // _ITEM_BYTES[dtype]
+    architectures = config.get("architectures")
+    prompts = _mapping(configs.get("config_sentence_transformers.json")).get("prompts")
+    modules = configs.get("modules.json")
+    return Facts(
+        architecture=printable(config.get("model_type") or "unknown", 60),
+        class_name=printable(architectures[0], 80)
+        if isinstance(architectures, list) and architectures
+        else None,
+        dimensions=_dimensions(configs, hidden_size),
+        max_input_tokens=_max_input_tokens(config, configs),
+        pooling=_pooling(configs.get("1_Pooling/config.json")),
+        parameters=parameters,
+        dtype=dtype,
+        weights_bytes=weights_bytes,
+        hidden_size=hidden_size,
+        layers=_first(config, "num_hidden_layers", "n_layer", "n_layers"),
+        attention_heads=_first(config, "num_attention_heads", "n_head", "n_heads"),
+        intermediate_size=_first(config, "intermediate_size", "n_inner", "hidden_dim"),
+        vocab_size=_first(config, "vocab_size"),
+        normalize=any("Normalize" in str(m.get("type")) for m in modules if isinstance(m, dict))
+        if isinstance(modules, list)
+        else None,
+        prompts={printable(k, 60): printable(v) for k, v in _mapping(prompts).items()},
+    )
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _stored_dtype(config: Mapping[str, Any]) -> str | None:
+    """`torch_dtype` (transformers ≤ 4) or `dtype` (5)."""
+    dtype = str(config.get("torch_dtype") or config.get("dtype") or "").removeprefix("torch.")
+    return dtype if dtype in _ITEM_BYTES else None
+
+
+def _dimensions(configs: Mapping[str, Any], hidden_size: int | None) -> int | None:
+    """Of the last Dense module, else of the pooling, else the hidden size."""
+    dense = sorted(path for path in configs if re.match(r"\d+_Dense", path))
+    pooling = _mapping(configs.get("1_Pooling/config.json"))
+    return (
+        (_integer(_mapping(configs[dense[-1]]).get("out_features")) if dense else None)
+        or _first(pooling, "word_embedding_dimension", "embedding_dimension")
+        or hidden_size
+    )
+
+
+def _max_input_tokens(config: Mapping[str, Any], configs: Mapping[str, Any]) -> int | None:
+    """As TEI counts: the Sentence Transformers config, else the positions (router/src/lib.rs).
+
+    sentence-transformers ≥ 5.4 keeps the length in tokenizer_config.json instead; model-fetch
+    writes it where TEI reads it.
+    """
+    sentence = next((configs[name] for name in SENTENCE_CONFIGS if name in configs), None)
+    if sentence is not None:
+        tokenizer = _mapping(configs.get("tokenizer_config.json"))
+        length = _first(_mapping(sentence), "max_seq_length") or _first(
+            tokenizer, "model_max_length"
+        )
+        if length is not None and length < 10_000_000:
+            return length
+    positions = _first(config, "max_position_embeddings", "max_trained_positions", "n_positions")
+    if positions is not None and config.get("model_type") in _POSITION_OFFSET:
+        positions -= (_first(config, "pad_token_id") or 0) + 1
+    return positions
+
+
+def _pooling(pooling: object) -> str | None:
+    """Of 1_Pooling/config.json, in both schemas; None when TEI has no such mode."""
+    config = _mapping(pooling)
+    modes = {"cls": "cls", "mean": "mean", "lasttoken": "last-token"}
+    if isinstance(mode := config.get("pooling_mode"), str):
+        return modes.get(mode)
+    keys = {
+        "pooling_mode_cls_token": "cls",
+        "pooling_mode_mean_tokens": "mean",
+        "pooling_mode_lasttoken": "last-token",
+    }
+    return next((mode for key, mode in keys.items() if config.get(key) is True), None)
+
+
+def _safetensors_header(folder: Folder, entry: Entry | None) -> tuple[str, int] | None:
+    """(dtype, parameters) as the header of the weights says, where reading it is cheap."""
+    start = folder.head(entry.path, 1 << 16) if entry else None
+    if not entry or not start or len(start) < 8:
+        return None
+    length = int.from_bytes(start[:8], "little")
+    if length > _LONGEST_HEADER or 8 + length > (entry.size or 0):
+        raise UnsuitableModelError(
+            f"{entry.path} is no safetensors file: its header does not fit; register it again."
+        )
+    if len(start) < 8 + length:
+        start = folder.head(entry.path, 8 + length) or b""
+    try:
+        header = json.loads(start[8 : 8 + length])
+        tensors = [t for name, t in header.items() if name != "__metadata__"]
+        counts: dict[str, int] = {}
+        for tensor in tensors:
+            counts[tensor["dtype"]] = counts.get(tensor["dtype"], 0) + prod(tensor["shape"])
+        end = 8 + length + max((t["data_offsets"][1] for t in tensors), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UnsuitableModelError(
+            f"{entry.path} is no safetensors file: its header is damaged; register it again."
+        ) from None
+    if end != entry.size:
+        raise UnsuitableModelError(
+            f"{entry.path} has {entry.size} bytes where its header says {end}: the registered copy "
+            "is cut off, register it again."
+        )
+    known = {_DTYPES[d]: n for d, n in counts.items() if d in _DTYPES}
+    return (max(known, key=lambda d: known[d]), sum(known.values())) if known else None
