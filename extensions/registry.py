@@ -136,7 +136,7 @@ class Registry:
         else:
             row = self._found(f"{api}/model-versions/get", name=name, version=selector)
         if row is not None:
-            return row
+            return dict(row)
         known = self._found(f"{api}/registered-models/get", "registered_model", name=name)
         if known is None:
             raise NotFoundError(self._unknown(name))

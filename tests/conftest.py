@@ -61,6 +61,12 @@ def render(template: Path, tmp_path: Path) -> Render:
     return run
 
 
+@pytest.fixture
+def pin_of() -> Callable[..., dict[str, Any]]:
+    """`pin_of(model_id, **changes)`: a pin as a registry would give it."""
+    return pinned
+
+
 def pinned(model_id: str, **changes: Any) -> dict[str, Any]:
     """A pin of a model of the catalogue as a registry would give it, as the answer `pin`."""
     model = catalog.load()[model_id]
