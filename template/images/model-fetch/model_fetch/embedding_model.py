@@ -1,0 +1,1 @@
+../../../../extensions/embedding_model.py

@@ -1,0 +1,62 @@
+"""The values that a run works with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the command line and the environment ask for."""
+
+    cache: Path | None
+    """Volume with one folder per registered model and version; None when all is mounted."""
+
+    link: Path
+    """What TEI gets as `--model-id`; becomes a symbolic link to the model's folder."""
+
+    mount: Path | None
+    """Where MLflow's artifact store is mounted, if it is."""
+
+    environ: Mapping[str, str] = field(repr=False)
+    """Addresses and credentials: MLFLOW_*, AWS_*, and the CA variables."""
+
+    connections: int = 8
+    """Connections to the store at a time."""
+
+    chunk_size: int = 16 * MIB
+    """Bytes of one range request, and of what a kill can cost per connection."""
+
+    retries: int = 8
+    """Failures in a row, without a byte in between, until a chunk is given up."""
+
+    attempts: int = 3
+    """Times that a file is fetched whole when its verification fails."""
+
+    timeout: float = 60.0
+    """Seconds without a byte until a connection counts as dead."""
+
+    lock_timeout: float = 3600.0
+    """Seconds to wait for another process that fetches the same version."""
+
+    lease: float = 20.0
+    """Seconds without a sign of life after which a holder on another machine counts as dead."""
+
+    keep: int | None = None
+    """Versions of this model to keep beside the present one; None keeps all."""
+
+    keep_hours: float = 24.0
+    """Versions that a pod started with within this time are never pruned."""
+
+    digests: str = "always"
+    """`always`, or `pinned`: compute digests only to compare them with the pin's."""
+
+    sync: bool = True
+    """Whether the bytes must be on the disk before the version counts as complete."""
+
+    interval: float = 5.0
+    """Seconds between two lines of progress in a log."""
