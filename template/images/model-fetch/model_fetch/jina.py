@@ -1,0 +1,652 @@
+"""jina-embeddings-v3, converted into a model that TEI serves as `nomic_bert`.
+
+TEI has no implementation of it (TEI #418, #571). Its encoder is what TEI calls nomic_bert, though:
+post-norm layers, rotary positions over whole heads, a plain GELU MLP, biases everywhere. One task's
+LoRA adapter is merged into the weights, the tensors are renamed, and a new config.json says so.
+
+Sources: Jina's modeling_lora.py (how an adapter is applied), PEFT's LoRA layers (the same for
+adapter folders), TEI backends/candle/src/models/nomic.rs at 0d124dc (names, config, checks).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import tensors
+from .errors import ConfigurationError, UnsuitableModelError
+from .tensors import StoredTensor
+
+if TYPE_CHECKING:
+    import numpy
+
+KIND = "jina-embeddings-v3"
+"""The name of this conversion in a pin."""
+
+TASK_INSTRUCTIONS = {
+    "retrieval.query": "Represent the query for retrieving evidence documents: ",
+    "retrieval.passage": "Represent the document for retrieval: ",
+    "separation": "",
+    "classification": "",
+    "text-matching": "",
+}
+"""The published adapters, in their published order, and what is put before each text
+(`lora_adaptations` and `task_instructions` of the model's config.json)."""
+
+LICENSE = "cc-by-nc-4.0"
+"""Of the published weights, and so of a merged copy."""
+
+STORED_TYPES = {"float16": "F16", "float32": "F32"}
+"""What the converted weights may be. bfloat16 would round most of an adapter's change away."""
+
+FLOAT16_MAX = 65504.0
+
+_POOLER = "pooler.dense"  # tanh of the first token; mean pooling has no use for it
+_PARAMETRIZED = re.compile(r"(.+)\.parametrizations\.weight\.(original|0\.lora_A|0\.lora_B)")
+_PEFT_FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
+
+_RENAMED = (
+    (re.compile(r"^(base_model\.model\.)?(roberta\.)?"), ""),
+    (re.compile(r"^layers\."), "encoder.layers."),
+    (re.compile(r"^embeddings\.LayerNorm$"), "emb_ln"),
+    (re.compile(r"\.(mixer|self_attn)\."), ".attn."),
+    (re.compile(r"\.o_proj$"), ".out_proj"),
+    (re.compile(r"\.post_attention_layernorm$"), ".norm1"),
+    (re.compile(r"\.post_mlp_layernorm$"), ".norm2"),
+)
+"""From every spelling seen (Jina's, transformers', PEFT's, and mixtures of them: the adapters of
+jinaai/jina-embeddings-v3-hf say `self_attn.q_proj` beside `mixer.out_proj`) to TEI's."""
+
+_QKV = ("q_proj", "k_proj", "v_proj")
+
+
+def convert(
+    source: Path, task: str, destination: Path, *, dtype: str = "float16"
+) -> dict[str, Any]:
+    """Write what TEI needs to serve `source` with the adapter of `task`.
+
+    Args:
+        source: folder with the checkpoint: parametrized weights as published, or a base model with
+            one PEFT adapter folder per task. Never written to.
+        task: the adapter's name, such as retrieval.passage.
+        destination: an empty or absent folder of the caller's own. Its model.safetensors appears
+            last and whole.
+        dtype: float16 or float32, of the written weights.
+
+    Returns: what was done, fit for JSON.
+    Raises: UnsuitableModelError, one sentence, when the checkpoint is not exactly what is expected;
+        ConfigurationError for a wrong `dtype`.
+    """
+    if dtype not in STORED_TYPES:
+        raise ConfigurationError(f"The conversion writes float16 or float32, not {dtype}.")
+    if destination.exists() and any(destination.iterdir()):
+        raise ConfigurationError(
+            f"The folder for the converted model, {destination}, is not empty."
+        )
+    config = _read_json(source / "config.json")
+    architecture = Architecture.from_config(config)
+    stored = tensors.read_headers(source)
+    if any(_PARAMETRIZED.fullmatch(name) for name in stored):
+        layout = "adapters as parametrizations of the weights"
+        base, deltas = _parametrized(stored, config, task)
+    else:
+        folder = _adapter_folder(source, task)
+        base, names = _base(stored)
+        layout = f"a base model with {names} names and the adapter folder {folder.name}"
+        deltas = _peft(folder, architecture)
+    weights = _weights(architecture, base, deltas)
+
+    destination.mkdir(parents=True, exist_ok=True)
+    prompt = _instruction(source, config, task)
+    _copy_tokenizer(source, destination, architecture)
+    for name, content in _small_files(architecture, task, prompt, dtype).items():
+        (destination / name).parent.mkdir(exist_ok=True)
+        (destination / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    tensors.write(
+        destination / "model.safetensors",
+        {weight.name: weight.shape for weight in weights},
+        (block for weight in weights for block in weight.blocks(dtype)),
+        STORED_TYPES[dtype],
+    )
+    return {
+        "kind": KIND,
+        "task": task,
+        "prompt": prompt,
+        "layout": layout,
+        "dtype": dtype,
+        "scaling": next(iter(deltas.values())).scaling,
+        "tensors_read": len(stored),
+        "tensors_written": len(weights),
+        "weights_changed": sum(weight.delta is not None for weight in weights),
+        "parameters": sum(math.prod(weight.shape) for weight in weights),
+        "left_out": sorted(f"{_POOLER}.{kind}" for kind in base.get(_POOLER, {})),
+        "license": LICENSE,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """The numbers that fix the shape of every tensor."""
+
+    layers: int
+    hidden_size: int
+    heads: int
+    intermediate_size: int
+    vocab_size: int
+    token_types: int
+    positions: int
+    """Tokens that can be told apart: the longest input."""
+    rotary_base: float
+    layer_norm_epsilon: float
+    special_tokens: Mapping[str, int]
+    """pad_token_id, bos_token_id, eos_token_id, as far as config.json has them."""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Architecture:
+        """Read config.json of either layout.
+
+        Raises: UnsuitableModelError when it is another model, or a number is missing: a guess
+            would give wrong vectors, not an error.
+        """
+        jina = config.get("model_type") == "jina_embeddings_v3" or (
+            "XLMRobertaLoRA" in (config.get("architectures") or [])
+            or config.get("lora_adaptations")
+        )
+        if not jina:
+            raise UnsuitableModelError(
+                "config.json is not jina-embeddings-v3's: it names neither XLMRobertaLoRA nor"
+                " jina_embeddings_v3 nor any lora_adaptations."
+            )
+        positions = config.get("position_embedding_type", "rotary")
+        if positions != "rotary" and config.get("model_type") != "jina_embeddings_v3":
+            raise UnsuitableModelError(
+                f"config.json says position_embedding_type {positions}; jina-embeddings-v3 has rotary."
+            )
+        if config.get("hidden_act", "gelu") != "gelu":
+            raise UnsuitableModelError(
+                f"config.json says hidden_act {config['hidden_act']}; jina-embeddings-v3 has gelu."
+            )
+        return cls(
+            layers=_whole_number(config, "num_hidden_layers"),
+            hidden_size=_whole_number(config, "hidden_size"),
+            heads=_whole_number(config, "num_attention_heads"),
+            intermediate_size=_whole_number(config, "intermediate_size"),
+            vocab_size=_whole_number(config, "vocab_size"),
+            token_types=_whole_number(config, "type_vocab_size"),
+            # XLM-RoBERTa sets pad_token_id + 1 positions aside; rotary ones start at 0.
+            positions=_whole_number(config, "max_position_embeddings")
+            - _whole_number(config, "pad_token_id")
+            - 1,
+            rotary_base=_rotary_base(config),
+            layer_norm_epsilon=_number(config, "layer_norm_eps"),
+            special_tokens={
+                key: config[key]
+                for key in ("pad_token_id", "bos_token_id", "eos_token_id")
+                if isinstance(config.get(key), int)
+            },
+        )
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor that TEI reads, with its shape, in the order in which they are written."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        shapes: dict[str, tuple[int, ...]] = {
+            "embeddings.word_embeddings.weight": (self.vocab_size, hidden),
+            "embeddings.token_type_embeddings.weight": (self.token_types, hidden),
+            "emb_ln.weight": (hidden,),
+            "emb_ln.bias": (hidden,),
+        }
+        for layer in range(self.layers):
+            for module, rows, columns in (
+                ("attn.Wqkv", 3 * hidden, hidden),
+                ("attn.out_proj", hidden, hidden),
+                ("mlp.fc1", inner, hidden),
+                ("mlp.fc2", hidden, inner),
+            ):
+                shapes[f"encoder.layers.{layer}.{module}.weight"] = (rows, columns)
+                shapes[f"encoder.layers.{layer}.{module}.bias"] = (rows,)
+            for norm in ("norm1", "norm2"):
+                shapes[f"encoder.layers.{layer}.{norm}.weight"] = (hidden,)
+                shapes[f"encoder.layers.{layer}.{norm}.bias"] = (hidden,)
+        return shapes
+
+    def tei_config(self, dtype: str) -> dict[str, Any]:
+        """config.json for TEI's nomic_bert (nomic.rs:12-45: every key but the last few is required)."""
+        return {
+            "architectures": ["NomicBertModel"],
+            "model_type": "nomic_bert",
+            "prenorm": False,
+            "rotary_emb_fraction": 1.0,
+            "rotary_emb_base": self.rotary_base,
+            "rotary_emb_interleaved": False,
+            "rotary_scaling_factor": None,
+            "qkv_proj_bias": True,
+            "mlp_fc1_bias": True,
+            "mlp_fc2_bias": True,
+            "activation_function": "gelu",
+            "n_embd": self.hidden_size,
+            "n_head": self.heads,
+            "n_inner": self.intermediate_size,
+            "n_layer": self.layers,
+            "n_positions": self.positions,
+            "max_position_embeddings": self.positions,
+            "vocab_size": self.vocab_size,
+            "type_vocab_size": self.token_types,
+            "layer_norm_epsilon": self.layer_norm_epsilon,
+            **self.special_tokens,
+            "torch_dtype": dtype,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What an adapter adds to one weight: `left @ right * scaling`."""
+
+    left: numpy.ndarray
+    """float32, of shape (rows of the weight, rank)."""
+    right: numpy.ndarray
+    """float32, of shape (rank, columns of the weight)."""
+    scaling: float
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One tensor to write: stored tensors below each other, plus an adapter's change."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[StoredTensor, ...]
+    """One, or q, k and v, which TEI wants as one."""
+    delta: Delta | None
+
+    def blocks(self, dtype: str) -> Iterator[numpy.ndarray]:
+        """Blocks of rows, merged in float32 and then rounded to `dtype`.
+
+        Raises: UnsuitableModelError for NaN, infinity, or a value that float16 cannot hold.
+        """
+        import numpy
+
+        first_of_part = 0
+        for part in self.parts:
+            for first, last in tensors.row_blocks(part.shape):
+                block = part.read(first, last)
+                if self.delta is not None:
+                    rows = slice(first_of_part + first, first_of_part + last)
+                    block += self.delta.left[rows] @ self.delta.right * self.delta.scaling
+                largest = float(numpy.abs(block).max(initial=0.0))
+                if not math.isfinite(largest):
+                    raise UnsuitableModelError(
+                        f"The weight {part.name} holds NaN or infinity: the checkpoint is damaged."
+                    )
+                if dtype == "float16" and largest > FLOAT16_MAX:
+                    raise UnsuitableModelError(
+                        f"The weight {part.name} holds {largest:.4g}, beyond float16's"
+                        f" {FLOAT16_MAX:.0f}: convert it to float32 and serve it on a CPU."
+                    )
+                yield block.astype("<f2" if dtype == "float16" else "<f4", copy=False)
+            first_of_part += part.rows
+
+
+_Base = dict[str, dict[str, tuple[StoredTensor, ...]]]
+"""TEI's module name -> `weight` or `bias` -> the stored tensors that make it up."""
+
+
+def _module_name(name: str) -> tuple[str, int | None]:
+    """TEI's name of a module, and which third of Wqkv it is (None: the whole)."""
+    for pattern, replacement in _RENAMED:
+        name = pattern.sub(replacement, name, count=1)
+    head, _, last = name.rpartition(".")
+    return (f"{head}.Wqkv", _QKV.index(last)) if last in _QKV else (name, None)
+
+
+def _parametrized(
+    stored: Mapping[str, StoredTensor], config: Mapping[str, Any], task: str
+) -> tuple[_Base, dict[str, Delta]]:
+    """The published layout: each weight with the factors of all adapters beside it."""
+    adapters, rank = config.get("lora_adaptations"), config.get("lora_rank")
+    alpha = config.get("lora_alpha")
+    if not isinstance(adapters, list) or not rank or not alpha:
+        raise UnsuitableModelError(
+            "config.json lacks lora_adaptations, lora_rank or lora_alpha, so the adapters in the"
+            " weights cannot be told apart."
+        )
+    if task not in adapters:
+        raise _no_adapter(task, adapters)
+    index = adapters.index(task)
+    plain: dict[str, StoredTensor] = {}
+    factors: dict[str, dict[str, StoredTensor]] = {}
+    for name, tensor in stored.items():
+        match = _PARAMETRIZED.fullmatch(name)
+        if match is None:
+            _add(plain, name, tensor)
+        elif match[2] == "original":
+            _add(plain, f"{match[1]}.weight", tensor)
+        else:
+            _add(factors.setdefault(_module_name(match[1])[0], {}), match[2][-1], tensor)
+    deltas = {}
+    for module, pair in factors.items():
+        if set(pair) != {"A", "B"}:
+            raise _missing([f"{module}'s lora_{'B' if 'A' in pair else 'A'}"])
+        for tensor in pair.values():
+            if len(tensor.shape) != 3 or tensor.shape[0] != len(adapters):
+                raise UnsuitableModelError(
+                    f"The tensor {tensor.name} has the shape {list(tensor.shape)}, which does not"
+                    f" hold the {len(adapters)} adapters of config.json."
+                )
+        # An embedding's rows are tokens, which A has; a linear layer's are outputs, which B has.
+        left, right = ("A", "B") if module.startswith("embeddings.") else ("B", "A")
+        deltas[module] = Delta(
+            _factor(pair[left], index, (None, rank)),
+            _factor(pair[right], index, (rank, None)),
+            alpha / rank,
+        )
+    return _base(plain)[0], deltas
+
+
+def _factor(
+    tensor: StoredTensor, index: int, wanted: tuple[int | None, int | None]
+) -> numpy.ndarray:
+    """One adapter's factor out of those stored together, as a matrix."""
+    rows, columns = tensor.shape[1:]
+    if wanted[0] not in (None, rows) or wanted[1] not in (None, columns):
+        raise UnsuitableModelError(
+            f"The tensor {tensor.name} has the shape {list(tensor.shape)}, which is not one of rank"
+            f" {wanted[0] or wanted[1]}."
+        )
+    return _finite(tensor, tensor.read(index, index + 1).reshape(rows, columns))
+
+
+def _base(stored: Mapping[str, StoredTensor]) -> tuple[_Base, str]:
+    """The base model of the `-hf` layout, and whether its names are original or native."""
+    parts: dict[str, dict[str, dict[int | None, StoredTensor]]] = {}
+    native = False
+    for name, tensor in stored.items():
+        module, _, kind = name.rpartition(".")
+        module, part = _module_name(module)
+        native |= part is not None
+        _add(parts.setdefault(module, {}).setdefault(kind, {}), part, tensor)
+    base: _Base = {}
+    for module, kinds in parts.items():
+        for kind, found in kinds.items():
+            if None in found and len(found) == 1:
+                base.setdefault(module, {})[kind] = (found[None],)
+            elif set(found) == {0, 1, 2}:
+                base.setdefault(module, {})[kind] = (found[0], found[1], found[2])
+            elif None in found:
+                raise UnsuitableModelError(f"{module}.{kind} is stored twice, whole and in parts.")
+            else:
+                raise _missing(
+                    [f"{module}'s {name}.{kind}" for i, name in enumerate(_QKV) if i not in found]
+                )
+    return base, "native" if native else "original"
+
+
+def _adapter_folder(source: Path, task: str) -> Path:
+    """The folder of the task's PEFT adapter; `-hf` calls retrieval.query retrieval_query."""
+    folders = {
+        path.parent.name: path.parent for path in sorted(source.glob("*/adapter_config.json"))
+    }
+    if not folders:
+        raise UnsuitableModelError(
+            "The checkpoint has neither adapters in its weights (parametrizations) nor adapter"
+            " folders (adapter_config.json): register jinaai/jina-embeddings-v3 or"
+            " jinaai/jina-embeddings-v3-hf with all its files."
+        )
+    for name in (task, re.sub(r"[^a-z0-9]", "_", task)):
+        if name in folders:
+            return folders[name]
+    raise _no_adapter(task, list(folders))
+
+
+def _peft(folder: Path, architecture: Architecture) -> dict[str, Delta]:
+    """The changes that one PEFT adapter makes."""
+    import numpy
+
+    config = _read_json(folder / "adapter_config.json")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    unknown = [key for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern",
+               "fan_in_fan_out", "modules_to_save", "lora_bias", "layer_replication")
+               if config.get(key)]  # fmt: skip
+    if config.get("bias", "none") != "none":
+        unknown.append("bias")
+    if config.get("peft_type") != "LORA" or not rank or not alpha or unknown:
+        raise UnsuitableModelError(
+            f"{folder.name}/adapter_config.json is not a plain LoRA with r and lora_alpha"
+            + (f" ({', '.join(unknown)})." if unknown else ".")
+        )
+    stored = tensors.read_headers(folder, "adapter_model")
+    pairs: dict[tuple[str, int | None], dict[str, StoredTensor]] = {}
+    unknown = []
+    for name, tensor in stored.items():
+        match = _PEFT_FACTOR.fullmatch(name)
+        if match is None:
+            unknown.append(name)
+        else:
+            _add(pairs.setdefault(_module_name(match[1]), {}), match[2], tensor)
+    if unknown:
+        raise _unknown(unknown)
+    deltas, thirds = {}, {}
+    for (module, part), pair in pairs.items():
+        if set(pair) != {"A", "B"}:
+            raise _missing([f"{folder.name}: {module}'s lora_{'B' if 'A' in pair else 'A'}"])
+        for factor, dimension in (("A", 0), ("B", 1)):
+            shape = pair[factor].shape
+            if len(shape) != 2 or shape[dimension] != rank:
+                raise UnsuitableModelError(
+                    f"The tensor {pair[factor].name} has the shape {list(shape)}, which is not one"
+                    f" of rank {rank}."
+                )
+        a, b = (_finite(pair[factor], pair[factor].read()) for factor in "AB")
+        if module.startswith("embeddings."):
+            a, b = b.T, a.T  # PEFT stores an embedding's factors transposed
+        if part is None:
+            deltas[module] = Delta(b, a, alpha / rank)
+        else:
+            thirds[module, part] = (b, a)
+    hidden = architecture.hidden_size
+    for module in dict.fromkeys(module for module, _ in thirds):
+        if module in deltas or any((module, part) not in thirds for part in range(3)):
+            raise _missing([f"{folder.name}: {module}'s q_proj, k_proj and v_proj, all three"])
+        left = numpy.zeros((3 * hidden, 3 * rank), "<f4")
+        for part in range(3):
+            b = thirds[module, part][0]
+            if b.shape[0] != hidden:
+                raise _wrong_shape(f"{module}'s lora_B", b.shape, (hidden, rank))
+            left[part * hidden : (part + 1) * hidden, part * rank : (part + 1) * rank] = b
+        right = numpy.concatenate([thirds[module, part][1] for part in range(3)])
+        deltas[module] = Delta(left, right, alpha / rank)
+    return deltas
+
+
+def _weights(architecture: Architecture, base: _Base, deltas: Mapping[str, Delta]) -> list[Weight]:
+    """Match what is stored with what TEI reads, to the last tensor.
+
+    Raises: UnsuitableModelError that names what is missing, unknown or of the wrong shape.
+    """
+    shapes = architecture.shapes()
+    found = {f"{module}.{kind}" for module, kinds in base.items() for kind in kinds}
+    if unknown := [name for name in found - set(shapes) if not name.startswith(f"{_POOLER}.")]:
+        raise _unknown(unknown)
+    if missing := set(shapes) - found:
+        raise _missing(missing)
+    adapted = {name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2}
+    if unadapted := adapted - set(deltas):
+        raise _missing(f"the adapter of {module}" for module in unadapted)
+    if unexpected := set(deltas) - adapted - {_POOLER}:
+        raise _unknown(f"the adapter of {module}" for module in unexpected)
+    weights = []
+    for name, shape in shapes.items():
+        module, _, kind = name.rpartition(".")
+        parts = base[module][kind]
+        for part in parts:
+            wanted = (shape[0] // len(parts), *shape[1:])
+            if part.shape != wanted:
+                raise _wrong_shape(part.name, part.shape, wanted)
+        delta = deltas[module] if kind == "weight" and len(shape) == 2 else None
+        if delta is not None and (delta.left.shape[0], delta.right.shape[1]) != shape:
+            changed = (delta.left.shape[0], delta.right.shape[1])
+            raise _wrong_shape(f"the adapter of {module}", changed, shape)
+        weights.append(Weight(name, shape, parts, delta))
+    return weights
+
+
+def _number(config: Mapping[str, Any], key: str) -> float:
+    """A number of config.json; never a default, which could be wrong without anyone noticing."""
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UnsuitableModelError(f"config.json must give {key} as a number, not {value!r:.40}.")
+    return float(value)
+
+
+def _whole_number(config: Mapping[str, Any], key: str) -> int:
+    number = _number(config, key)
+    if not number.is_integer() or number < 0:
+        raise UnsuitableModelError(f"config.json must give {key} as a count, not {number}.")
+    return int(number)
+
+
+def _rotary_base(config: Mapping[str, Any]) -> float:
+    """The base of the rotary frequencies, 20000 in the published model.
+
+    Raises: UnsuitableModelError when config.json leaves it open: libraries' defaults differ (Jina's
+        code 10000, transformers' nomic_bert 1000), and a wrong one only shows in the vectors.
+    """
+    rope = config.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") != "default":
+        raise UnsuitableModelError(
+            f"config.json asks for {rope['rope_type']} rotary positions, which this conversion"
+            " does not carry over."
+        )
+    said = {
+        float(value)
+        for value in (rope.get("rope_theta"), config.get("rotary_emb_base"))
+        if value is not None
+    }
+    if len(said) != 1:
+        raise UnsuitableModelError(
+            "config.json must say one base of the rotary positions (rotary_emb_base or"
+            f" rope_parameters.rope_theta), but says {sorted(said) or 'none'}."
+        )
+    return said.pop()
+
+
+def _instruction(source: Path, config: Mapping[str, Any], task: str) -> str:
+    """What is put before each text for this task, as the checkpoint says or else as published."""
+    said = config.get("task_instructions")
+    if not isinstance(said, dict) and (source / "config_sentence_transformers.json").is_file():
+        said = _read_json(source / "config_sentence_transformers.json").get("prompts")
+    if not isinstance(said, dict) or not isinstance(said.get(task), str):
+        said = TASK_INSTRUCTIONS
+    return str(said.get(task, ""))
+
+
+def _small_files(
+    architecture: Architecture, task: str, prompt: str, dtype: str
+) -> dict[str, dict[str, Any]]:
+    """The JSON files of the converted folder, by path. There is no modules.json: no Dense module."""
+    return {
+        "config.json": architecture.tei_config(dtype),
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": architecture.hidden_size,
+            "pooling_mode_cls_token": False,
+            "pooling_mode_mean_tokens": True,
+        },
+        "sentence_bert_config.json": {
+            "max_seq_length": architecture.positions,
+            "do_lower_case": False,
+        },
+        # Only the merged task's: another one's prefix would meet the wrong weights.
+        "config_sentence_transformers.json": {"prompts": {task: prompt} if prompt else {}},
+    }
+
+
+def _copy_tokenizer(source: Path, destination: Path, architecture: Architecture) -> None:
+    """Copy tokenizer.json, unchanged, if its ids fit the embedding tables."""
+    path = source / "tokenizer.json"
+    if not path.is_file():
+        raise UnsuitableModelError(
+            "There is no tokenizer.json beside the weights, and TEI reads no other tokenizer:"
+            " register the model with it."
+        )
+    tokenizer = _read_json(path)
+    vocabulary = (tokenizer.get("model") or {}).get("vocab") or ()
+    if len(vocabulary) > architecture.vocab_size:
+        raise UnsuitableModelError(
+            f"tokenizer.json has {len(vocabulary)} tokens, the model's table only"
+            f" {architecture.vocab_size}: they do not belong together."
+        )
+    single = (tokenizer.get("post_processor") or {}).get("single") or ()
+    types = [piece.get("type_id", 0) for step in single for piece in step.values()]
+    if max(types, default=0) >= architecture.token_types:
+        raise UnsuitableModelError(
+            f"tokenizer.json gives the token type {max(types)}, but the model has only"
+            f" {architecture.token_types}."
+        )
+    shutil.copyfile(path, destination / "tokenizer.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UnsuitableModelError(f"There is no {path.name} beside the weights.") from None
+    except ValueError:
+        raise UnsuitableModelError(f"{path.name} is not JSON: register the model again.") from None
+    if not isinstance(content, dict):
+        raise UnsuitableModelError(f"{path.name} is not a JSON object.")
+    return content
+
+
+def _finite(tensor: StoredTensor, values: numpy.ndarray) -> numpy.ndarray:
+    import numpy
+
+    if not numpy.isfinite(values).all():
+        raise UnsuitableModelError(
+            f"The tensor {tensor.name} holds NaN or infinity: the checkpoint is damaged."
+        )
+    return values
+
+
+def _no_adapter(task: str, adapters: list[str]) -> UnsuitableModelError:
+    return UnsuitableModelError(
+        f"The checkpoint has no adapter {task}; it has {', '.join(adapters) or 'none'}."
+    )
+
+
+def _add(found: dict[Any, StoredTensor], key: Any, tensor: StoredTensor) -> None:
+    """Keep a tensor under its key, unless another one says the same in other words."""
+    if key in found:
+        raise UnsuitableModelError(
+            f"The tensors {found[key].name} and {tensor.name} are the same weight twice."
+        )
+    found[key] = tensor
+
+
+def _named(names: Any) -> str:
+    """Up to three names, and how many more."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
+    return ", ".join(ordered[:3]) + more
+
+
+def _missing(names: Any) -> UnsuitableModelError:
+    return UnsuitableModelError(f"The checkpoint lacks {_named(names)}.")
+
+
+def _unknown(names: Any) -> UnsuitableModelError:
+    return UnsuitableModelError(
+        f"The checkpoint holds {_named(names)}, which jina-embeddings-v3 does not have."
+    )
+
+
+def _wrong_shape(
+    name: str, shape: tuple[int, ...], wanted: tuple[int, ...]
+) -> UnsuitableModelError:
+    return UnsuitableModelError(
+        f"{name} has the shape {list(shape)}; config.json makes it {list(wanted)}."
+    )
