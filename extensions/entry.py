@@ -86,7 +86,10 @@ class TextEmbeddings(Extension):
             conf = context["_copier_conf"]
             if conf["defaults"] or "model_id" in conf["data"]:
                 return "[]"
-            return json.dumps(source().choices())
+            choices = source().choices()
+            now = context.get("model_id")  # of an update: it stays eligible though it may be gone
+            known = now is None or now in (value for _, value in choices)
+            return json.dumps(choices if known else [*choices, (now, now)])
 
         def source() -> ModuleType:
             """Who knows models: the registry, or the catalogue when no registry is at hand."""

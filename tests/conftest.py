@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import copier
 import pytest
 
+from demo.registry import free_port, serve
 from extensions import catalog
 from extensions.embedding_model import PinnedFile
 from extensions.registry import registered_name
@@ -17,6 +23,9 @@ from extensions.registry import registered_name
 ROOT = Path(__file__).parent.parent
 
 Render = Callable[..., Path]
+
+os.environ["MLFLOW_LOGGING_LEVEL"] = "ERROR"
+os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
 
 
 @pytest.fixture(scope="session")
@@ -31,9 +40,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def no_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test meets a registry, or a login, that it has not named itself."""
-    import os
-
-    for name in os.environ:
+    for name in list(os.environ):
         if name.startswith(
             ("MLFLOW_TRACKING_", "MLFLOW_KEYCLOAK_", "MLFLOW_AUTH_", "MLFLOW_CLIENT_")
         ):
@@ -87,3 +94,90 @@ def pinned(model_id: str, **changes: Any) -> dict[str, Any]:
         ],
     }
     return pin | changes
+
+
+# Real MLflow servers. They start in about 20 s each, so they live as long as the session.
+
+
+def environment(name: str) -> Path:
+    """A Python environment of tests/environments, made when it is not there; its interpreter."""
+    requirements = ROOT / "tests" / "environments" / f"{name}.txt"
+    key = hashlib.sha256(requirements.read_bytes()).hexdigest()[:8]
+    python = ROOT / ".cache" / "environments" / f"{name}-{key}" / "bin" / "python"
+    if not python.exists():
+        uv = [sys.executable, "-m", "uv", "--quiet"]
+        venv = python.parent.parent
+        subprocess.run([*uv, "venv", "--clear", "--python", sys.executable, str(venv)], check=True)
+        install = [*uv, "pip", "install", "--python", str(python), "-r", str(requirements)]
+        subprocess.run(install, check=True)
+    return python
+
+
+@pytest.fixture(scope="session")
+def mlflow_proxied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """MLflow 3.17.2, artifacts on its own disk behind its proxy."""
+    with serve(tmp_path_factory.mktemp("proxied")) as uri:
+        yield uri
+
+
+@pytest.fixture(scope="session")
+def mlflow_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """MLflow 3.17.2 without a proxy, artifacts in a folder that its clients share."""
+    folder = tmp_path_factory.mktemp("local")
+    root = ["--no-serve-artifacts", "--default-artifact-root", f"file://{folder}/artifacts"]
+    with serve(folder, arguments=root) as uri:
+        yield uri
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """An S3-compatible server with the bucket `mlflow`; yields the variables of its clients."""
+    port = free_port()
+    keys = {
+        "MLFLOW_S3_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "key-of-the-test",
+        "AWS_SECRET_ACCESS_KEY": "secret-of-the-test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    with (tmp_path_factory.mktemp("s3") / "moto.log").open("w") as log:
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        server = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        import boto3
+
+        with variables(keys):
+            client = boto3.client("s3", endpoint_url=keys["MLFLOW_S3_ENDPOINT_URL"])
+            for _ in range(100):
+                try:
+                    client.create_bucket(Bucket="mlflow")
+                    break
+                except Exception:
+                    time.sleep(0.2)
+            client.head_bucket(Bucket="mlflow")
+        yield keys
+    finally:
+        server.terminate()
+        server.wait(timeout=10)
+
+
+@pytest.fixture(scope="session")
+def mlflow_s3(tmp_path_factory: pytest.TempPathFactory, s3: dict[str, str]) -> Iterator[str]:
+    """MLflow 3.4.0 as Thinkube runs it: artifacts in S3, no proxy; only the server has the keys."""
+    folder = tmp_path_factory.mktemp("s3-rooted")
+    root = ["--default-artifact-root", "s3://mlflow/artifacts"]
+    python = str(environment("mlflow-3.4.0"))
+    with serve(folder, python=python, arguments=root, environment=s3) as uri:
+        yield uri
+
+
+@contextmanager
+def variables(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for a while."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})

@@ -1,0 +1,170 @@
+"""Lookups in real MLflow servers: every way in which a model is registered, on every kind of store."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from extensions import pin as pins
+from extensions.pin import Pin
+from tests.conftest import variables
+from tests.snapshots import KINDS, LAYOUTS, REVISION, etag, lay_out, register, safetensors, snapshot
+
+SERVERS = ("mlflow_proxied", "mlflow_local", "mlflow_s3")
+MODEL_ID = "acme/tiny-bert"
+
+
+@pytest.fixture(scope="session", params=SERVERS)
+def server(request: pytest.FixtureRequest, s3: dict[str, str]) -> str:
+    """Each server in turn, with all layouts registered in it, as runs and as logged models."""
+    uri = str(request.getfixturevalue(request.param))
+    folder = request.getfixturevalue("tmp_path_factory").mktemp(f"models-{request.param}")
+    source = snapshot(folder / "snapshot")
+    with variables(s3):  # who registers has keys; who looks up has none
+        for layout in LAYOUTS:
+            laid = lay_out(source, layout, folder / layout)
+            for kind in KINDS:
+                register(uri, laid, f"acme-{layout}-{kind}", kind)
+    return uri
+
+
+@pytest.fixture
+def lookup(server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    return server
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_version_is_pinned_whatever_its_layout(lookup: str, layout: str, kind: str) -> None:
+    pin = pins.resolve(f"acme/{layout}-{kind}", "latest")
+
+    assert pin == Pin.from_mapping(pin.to_mapping())
+    assert pin.registered_model == f"acme-{layout}-{kind}"
+    assert pin.version == "1"
+    assert (pin.logged_model_id is None) == (kind == "run")
+    assert not (pin.artifact_uri or "").startswith(("runs:", "models:"))
+    files = {file.path: file for file in pin.files}
+    whole = {"1_Pooling/config.json", "modules.json", "sentence_bert_config.json"}
+    whole |= {"config_sentence_transformers.json"} if layout != "pipeline" else set()
+    parts = {"config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"}
+    assert set(files) == parts | (whole if layout != "pipeline" else set())
+    inner = {"mirror": "", "sentence-transformers": "model.sentence_transformer/"}
+    assert files["config.json"].source == inner.get(layout, "model/") + "config.json"
+    tokenizer = "components/tokenizer/" if layout == "pipeline" else inner.get(layout, "model/")
+    assert files["tokenizer.json"].source == tokenizer + "tokenizer.json"
+    assert pin.facts.architecture == "bert"
+    assert pin.facts.dimensions == 8
+    assert pin.facts.pooling == (None if layout == "pipeline" else "mean")
+    tokens = {"sentence-transformers": 64, "pipeline": 64}  # sentence-transformers ≥ 5.4 moved it
+    assert pin.facts.max_input_tokens == tokens.get(layout, 32)
+    # 30 × 8 + 8, as the header says; where the server cannot send a part of a file, its size / 4.
+    exact = (pin.artifact_uri or "").startswith("mlflow-artifacts:")
+    assert pin.facts.parameters == (248 if exact else files["model.safetensors"].size // 4)
+    assert pin.facts.dtype == "float32"
+
+
+def test_the_pinned_sizes_are_those_of_the_stored_files(
+    mlflow_proxied: str, mlflow_local: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    laid = lay_out(snapshot(tmp_path / "snapshot"), "pipeline", tmp_path / "pipeline")
+    for number, uri in enumerate((mlflow_proxied, mlflow_local)):
+        register(uri, laid, f"acme-sizes-{number}")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        pin = pins.resolve(f"acme-sizes-{number}", "latest")
+        for file in pin.files:
+            assert file.size == (laid / file.source).stat().st_size, file.path
+    stored = Path(urlsplit(pin.artifact_uri or "").path)
+    assert all((stored / file.source).is_file() for file in pin.files)
+
+
+def test_a_mirror_brings_its_commit_and_digests(lookup: str, tmp_path: Path) -> None:
+    source = snapshot(tmp_path / "same")
+    pin = pins.resolve("acme/mirror-run", "latest")
+    files = {file.path: file for file in pin.files}
+
+    assert pin.revision == REVISION
+    weights = hashlib.sha256((source / "model.safetensors").read_bytes()).hexdigest()
+    assert files["model.safetensors"].sha256 == weights
+    assert files["config.json"].blob_sha1 == etag(source / "config.json")
+    assert files["1_Pooling/config.json"].blob_sha1 == etag(source / "1_Pooling/config.json")
+
+
+def test_what_was_saved_anew_claims_no_commit(lookup: str) -> None:
+    pin = pins.resolve("acme/checkpoint-run", "latest")
+
+    assert pin.revision is None
+    assert all(file.sha256 is None and file.blob_sha1 is None for file in pin.files)
+
+
+def test_selectors(
+    mlflow_proxied: str,
+    mlflow_s3: str,
+    s3: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from demo.registry import connect
+
+    source = snapshot(tmp_path / "snapshot", sidecars=False)
+    for uri in (mlflow_proxied, mlflow_s3):
+        with variables(s3):
+            numbers = [register(uri, source, "acme-selected") for _ in range(11)]
+        assert numbers[-1] == "11"  # as text it would sort below 2
+        connect(uri).set_registered_model_alias("acme-selected", "champion", "2")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        found = {s: pins.resolve("acme/selected", s).version for s in ("latest", "7", "@champion")}
+        assert found == {"latest": "11", "7": "7", "@champion": "2"}
+
+
+def test_a_registered_name_is_understood_and_its_model_id_found(
+    mlflow_proxied: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_proxied)
+    source = snapshot(tmp_path / "snapshot")
+    register(mlflow_proxied, source, "acme-mirrored", model_id="acme/mirrored")
+    register(mlflow_proxied, source, "own-name")
+
+    assert pins.resolve("acme-mirrored", "latest").model_id == "acme/mirrored"
+    assert pins.resolve("own-name", "latest").model_id == "own-name"
+    labels = dict((value, label) for label, value in pins.choices())
+    assert labels["acme/mirrored"] == "acme/mirrored, version 1, 0 MB"
+    assert "own-name" in labels
+
+
+def test_the_log_of_a_run_leads_to_its_logged_model(
+    mlflow_proxied: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`runs:/R/model` of MLflow 3: the run's own folder is empty."""
+    from demo.registry import connect
+    from demo.registry import register as register_version
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_proxied)
+    register(mlflow_proxied, snapshot(tmp_path / "snapshot"), "acme-by-logged", "logged-model")
+    version = connect(mlflow_proxied).get_model_version("acme-by-logged", "1")
+    register_version(mlflow_proxied, "acme-by-run", f"runs:/{version.run_id}/model", version.run_id)
+
+    by_run = pins.resolve("acme-by-run", "latest")
+    assert by_run.logged_model_id == pins.resolve("acme-by-logged", "latest").logged_model_id
+
+
+def test_shards_are_listed_with_their_index(
+    mlflow_proxied: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_proxied)
+    source = snapshot(tmp_path / "snapshot", sidecars=False)
+    (source / "model.safetensors").unlink()
+    shards = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    for shard in shards:
+        (source / shard).write_bytes(safetensors({"w": (4,)}))
+    index = '{"weight_map": {"a": "%s", "b": "%s"}}' % tuple(shards)
+    (source / "model.safetensors.index.json").write_text(index)
+    register(mlflow_proxied, source, "acme-sharded")
+
+    pin = pins.resolve("acme-sharded", "latest")
+    weights = {f.path for f in pin.files if "safetensors" in f.path}
+    assert weights == {"model.safetensors.index.json", *shards}
+    assert pin.facts.weights_bytes == 2 * (source / shards[0]).stat().st_size
