@@ -86,7 +86,13 @@ class Registry:
         parts = urlsplit(uri)
         self.shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
         """The address without user and password."""
-        self._credentials = _host_credentials(uri, self.shown)
+        try:
+            self._credentials = _host_credentials(uri)
+        except ModuleNotFoundError:
+            raise ConfigurationError(
+                "MLFLOW_TRACKING_URI is set, but MLflow's client is not installed here: install "
+                "mlflow-skinny beside copier, or unset the variable."
+            ) from None
 
     # Model versions
 
@@ -430,7 +436,7 @@ def ca_file() -> str | None:
     return next((v for n in (*names, "SSL_CERT_FILE") if (v := os.environ.get(n))), None)
 
 
-def _host_credentials(uri: str, shown: str) -> Any:
+def _host_credentials(uri: str) -> Any:
     """MLflow's own credentials, or a token of Keycloak where its variables are set."""
     from mlflow.utils.credentials import get_default_host_creds
     from mlflow.utils.rest_utils import MlflowHostCreds

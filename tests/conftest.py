@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +35,10 @@ os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The template as a plain folder: Copier then renders it in place, without cloning."""
     folder = tmp_path_factory.mktemp("template")
-    for name in ("copier.yml", "extensions", "template"):
-        (folder / name).symlink_to(ROOT / name)
+    left_out = shutil.ignore_patterns("__pycache__", ".*_cache", ".venv", "node_modules")
+    for name in ("extensions", "template"):
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=left_out)
+    shutil.copy(ROOT / "copier.yml", folder)
     return folder
 
 
@@ -181,3 +186,40 @@ def variables(values: Mapping[str, str]) -> Iterator[None]:
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@dataclass(frozen=True)
+class Run:
+    """What came of one `copier` command."""
+
+    code: int
+    error: str
+    """Standard error without colours."""
+
+    output: str
+    target: Path
+
+
+@pytest.fixture
+def copier_copy(template: Path, tmp_path: Path) -> Callable[..., Run]:
+    """Run the real `copier copy` as a person would, with a home of its own."""
+
+    def run(
+        *data: str, python: Path | None = None, target: Path | None = None, **variables: str
+    ) -> Run:
+        target = target or tmp_path / "target"
+        answers = [word for item in data for word in ("-d", item)]
+        command = [str(python or sys.executable), "-m", "copier", "copy", "--trust", "--defaults"]
+        names = ("PATH", "LANG", "MLFLOW_LOGGING_LEVEL")
+        clean = {name: os.environ[name] for name in names if name in os.environ}
+        result = subprocess.run(
+            [*command, *answers, str(template), str(target)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=clean | {"HOME": str(tmp_path / "home")} | variables,
+        )
+        colours = re.compile(r"\x1b\[[0-9;]*m")
+        return Run(result.returncode, colours.sub("", result.stderr), result.stdout, target)
+
+    return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -130,7 +131,7 @@ def test_a_registered_name_is_understood_and_its_model_id_found(
 
     assert pins.resolve("acme-mirrored", "latest").model_id == "acme/mirrored"
     assert pins.resolve("own-name", "latest").model_id == "own-name"
-    labels = dict((value, label) for label, value in pins.choices())
+    labels = {value: label for label, value in pins.choices()}
     assert labels["acme/mirrored"] == "acme/mirrored, version 1, 0 MB"
     assert "own-name" in labels
 
@@ -160,8 +161,8 @@ def test_shards_are_listed_with_their_index(
     shards = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
     for shard in shards:
         (source / shard).write_bytes(safetensors({"w": (4,)}))
-    index = '{"weight_map": {"a": "%s", "b": "%s"}}' % tuple(shards)
-    (source / "model.safetensors.index.json").write_text(index)
+    index = {"weight_map": dict(zip("ab", shards, strict=True))}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
     register(mlflow_proxied, source, "acme-sharded")
 
     pin = pins.resolve("acme-sharded", "latest")

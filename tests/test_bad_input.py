@@ -1,0 +1,337 @@
+"""Everything that people get wrong: one line that says what to do, exit code 1, nothing written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import trustme
+
+from demo.registry import free_port, serve
+from tests.conftest import Run
+from tests.gateway import HTML, JSON, Answer, Request, gateway
+from tests.snapshots import register, safetensors, snapshot, write
+
+Copy = Callable[..., Run]
+
+
+@pytest.fixture
+def refused(copier_copy: Copy, tmp_path: Path) -> Callable[..., str]:
+    """Run a copy that must fail, into a new and into an existing folder; returns its one line."""
+
+    def run(*data: str, **options: str) -> str:
+        lines = set()
+        existing = tmp_path / "existing"
+        write(existing / "mine.txt", "untouched")
+        for target in (tmp_path / "new", existing):
+            result = copier_copy(*data, target=target, **options)
+            assert result.code == 1, result
+            assert result.error.count("\n") == 1, result.error
+            assert result.output.strip() == ""
+            lines.add(result.error.strip())
+        assert not (tmp_path / "new").exists()
+        assert [p.name for p in existing.iterdir()] == ["mine.txt"]
+        assert len(lines) == 1
+        return lines.pop()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("answer", "line"),
+    [
+        ("project_name=My Project", "project_name: 'My Project' is not a project name: use at most 40 "
+         "lower-case letters, digits and '-', starting with a letter."),
+        ("namespace=Kube_System", "namespace: 'Kube_System' is not a Kubernetes namespace: use at most "
+         "63 lower-case letters, digits and '-'."),
+        ("domain_name=exa mple.com", "domain_name: 'exa mple.com' is not a domain name: use lower-case "
+         "labels with dots, as in example.com."),
+        ("container_registry=https://r.example.com", "container_registry: 'https://r.example.com' is not "
+         "a container registry: use host[:port][/path] in lower case, as in registry.example.com/team."),
+        ("replicas=0", "replicas: '0' is not a number of replicas: use a whole number from 1 to 99."),
+        ("replicas=many", "replicas: 'many' is not a number of replicas: use a whole number from 1 to 99."),
+        ("accelerator=h200", "accelerator: 'h200' is not one of gb10, rtx-50, b200, gh200, h100, l4, a10, "
+         "a100, t4, cpu."),
+        ("platform=nomad", "platform: 'nomad' is not one of kubernetes, thinkube."),
+        ("components=[monitoring, magic]", "components: '[monitoring, magic]' is not a list of these, as in "
+         "[a, b]: monitoring, autoscaling-hpa, autoscaling-keda, gateway, ingress, network-policy, api-key, "
+         "gpu-toleration."),
+        ("components=[", "components: '[' is not a list of these, as in [a, b]: monitoring, "
+         "autoscaling-hpa, autoscaling-keda, gateway, ingress, network-policy, api-key, gpu-toleration."),
+        ("model_id=../../etc/passwd", "model_id: '../../etc/passwd' is not a Hugging Face id (owner/name) or "
+         "the name of a registered model: use letters, digits, '.', '_', '-' and at most one '/'."),
+        ("model_version=newest", "model_version: 'newest' is not a model version: use latest, a number, or "
+         "@ and an alias."),
+        ("mlflow_tracking_uri=http://user:hunter2@mlflow:5000", "mlflow_tracking_uri: what was given is not "
+         "a tracking URI: use http(s)://host[:port][/path] without user, password or query."),
+        ("tei_ref=v1.9.4", "tei_ref: 'v1.9.4' is not a commit of TEI: use its 40 hexadecimal digits."),
+        ("pin={", "pin is not a mapping: resolve the pin again."),
+        ("pin={model_id: a}", "pin.registered_model is missing or not what it must be: resolve the pin "
+         "again."),
+        ("model_id=acme/unheard-of", "acme/unheard-of is not in the catalogue and MLFLOW_TRACKING_URI is not "
+         "set: set it, or choose one of nomic-ai/nomic-embed-text-v1.5, BAAI/bge-base-en-v1.5, "
+         "BAAI/bge-large-en-v1.5, Alibaba-NLP/gte-large-en-v1.5, jinaai/jina-embeddings-v2-base-code, "
+         "jinaai/jina-embeddings-v3, Qwen/Qwen3-Embedding-0.6B, Qwen/Qwen3-Embedding-4B."),
+    ],
+)  # fmt: skip
+def test_a_wrong_answer(refused: Callable[..., str], answer: str, line: str) -> None:
+    assert refused(answer) == line
+
+
+def test_answers_that_exclude_each_other(refused: Callable[..., str]) -> None:
+    assert refused("components=[autoscaling-hpa, autoscaling-keda]") == (
+        "components: autoscaling-hpa and autoscaling-keda would fight over the replicas: choose one."
+    )
+
+
+def test_a_pin_of_another_model(
+    refused: Callable[..., str], pin_of: Callable[..., dict[str, object]]
+) -> None:
+    pin = json.dumps(pin_of("BAAI/bge-base-en-v1.5"))
+    assert refused("model_id=BAAI/bge-large-en-v1.5", f"pin={pin}") == (
+        "the pin is of BAAI/bge-base-en-v1.5, not of BAAI/bge-large-en-v1.5: leave pin out."
+    )
+
+
+@pytest.mark.parametrize("uri", ["sqlite:///mlflow.db", "mlflow.example.com", "https://"])
+def test_a_tracking_uri_that_is_no_server(refused: Callable[..., str], uri: str) -> None:
+    assert refused(MLFLOW_TRACKING_URI=uri) == (
+        "MLFLOW_TRACKING_URI is not the address of an MLflow server: use http(s)://host[:port]."
+    )
+
+
+def test_a_registry_that_is_not_there(refused: Callable[..., str]) -> None:
+    uri = f"http://127.0.0.1:{free_port()}"
+    assert refused(MLFLOW_TRACKING_URI=uri, MLFLOW_HTTP_REQUEST_MAX_RETRIES="0") == (
+        f"MLflow at {uri} cannot be reached (the connection is refused): check the address and that "
+        "the server runs."
+    )
+
+
+def test_a_private_ca_that_is_not_named(
+    refused: Callable[..., str], copier_copy: Copy, registered: str, tmp_path: Path
+) -> None:
+    ca = trustme.CA()
+    ca.cert_pem.write_to_path(tmp_path / "ca.pem")
+    key = tmp_path / "key.pem"
+    ca.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(key)
+    with gateway(lambda _: None, registered, key) as secure:
+        asked = {"MLFLOW_TRACKING_URI": secure.uri, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+        assert refused("model_id=acme/good", **asked) == (
+            f"MLflow at {secure.uri} shows a certificate that cannot be verified: name your CA's file "
+            "in MLFLOW_TRACKING_SERVER_CERT_PATH."
+        )
+        assert refused("model_id=acme/good", **asked, MLFLOW_TRACKING_INSECURE_TLS="true") == (
+            "MLFLOW_TRACKING_INSECURE_TLS is set, but TLS is always verified here: unset it and name "
+            "your CA's file in MLFLOW_TRACKING_SERVER_CERT_PATH."
+        )
+        for name in ("MLFLOW_TRACKING_SERVER_CERT_PATH", "SSL_CERT_FILE"):
+            good = copier_copy("model_id=acme/good", **asked, **{name: str(tmp_path / "ca.pem")})
+            assert good.code == 0, good.error
+
+
+PAGES: dict[str, tuple[Answer, dict[str, str], str]] = {
+    "login wanted": (
+        (401, HTML, b"<h1>Who are you?</h1>"),
+        {},
+        "wants a login (401): set MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and "
+        "MLFLOW_TRACKING_PASSWORD, or the MLFLOW_KEYCLOAK_* variables.",
+    ),
+    "login refused": (
+        (401, HTML, b"no"),
+        {"MLFLOW_TRACKING_TOKEN": "expired-token"},
+        "refuses the credentials of the environment (401): check user, password or token, and "
+        "whether it has expired.",
+    ),
+    "forbidden": (
+        (403, JSON, b'{"error_code": "PERMISSION_DENIED"}'),
+        {"MLFLOW_TRACKING_TOKEN": "some-token"},
+        "does not let this login read the model (403): ask for READ permission on it.",
+    ),
+    "host name": (
+        (
+            403,
+            {"Content-Type": "text/plain"},
+            b"Invalid Host header - possible DNS rebinding attack",
+        ),
+        {},
+        "refuses its own host name (403): start the server with --allowed-hosts that includes it.",
+    ),
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_server_that_refuses(refused: Callable[..., str], page: str) -> None:
+    answer, variables, line = PAGES[page]
+    with gateway(lambda _: answer) as closed:
+        assert refused(MLFLOW_TRACKING_URI=closed.uri, **variables) == (
+            f"MLflow at {closed.uri} {line}"
+        )
+
+
+def test_a_login_page_in_the_way(refused: Callable[..., str]) -> None:
+    with gateway(lambda _: (200, HTML, b"<html>Log in</html>")) as page:
+        assert refused(MLFLOW_TRACKING_URI=page.uri) == (
+            f"{page.uri} answers, but not as MLflow does: check MLFLOW_TRACKING_URI, and whether a "
+            "login page stands before it."
+        )
+
+
+def test_a_server_that_fails(refused: Callable[..., str]) -> None:
+    with gateway(lambda _: (500, JSON, b'{"error_code": "INTERNAL_ERROR"}')) as broken:
+        asked = {"MLFLOW_TRACKING_URI": broken.uri, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+        assert refused(**asked) == (
+            f"MLflow at {broken.uri} failed at asking /api/2.0/mlflow/model-versions/search (HTTP 500, "
+            "INTERNAL_ERROR): look into the server's log."
+        )
+
+
+def test_no_client_installed(refused: Callable[..., str], tmp_path: Path) -> None:
+    write(tmp_path / "hidden/mlflow.py", "raise ModuleNotFoundError('No module named mlflow')")
+    assert refused(
+        MLFLOW_TRACKING_URI="http://127.0.0.1:1", PYTHONPATH=str(tmp_path / "hidden")
+    ) == (
+        "MLFLOW_TRACKING_URI is set, but MLflow's client is not installed here: install "
+        "mlflow-skinny beside copier, or unset the variable."
+    )
+
+
+# What is registered
+
+
+@pytest.fixture(scope="session")
+def registered(mlflow_proxied: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A server with one good model, and with those that cannot be served."""
+    folder = tmp_path_factory.mktemp("bad-models")
+
+    def bad(name: str, spoil: Callable[[Path], object], **config: object) -> None:
+        source = snapshot(folder / name, sidecars=False, **config)
+        spoil(source)
+        register(mlflow_proxied, source, f"acme-{name}")
+
+    bad("good", lambda _: None)
+    bad("no-tokenizer", lambda f: (f / "tokenizer.json").unlink())
+    bad(
+        "no-weights",
+        lambda f: [(f / n).unlink() for n in ("model.safetensors", "pytorch_model.bin")],
+    )
+    bad("bad-config", lambda f: write(f / "config.json", '{"model_type": '))
+    bad("list-config", lambda f: write(f / "config.json", "[]"))
+    bad("cut", lambda f: write(f / "model.safetensors", safetensors({"w": (64, 8)})[:-100]))
+    bad("no-safetensors", lambda f: write(f / "model.safetensors", b"\xff" * 4096))
+    sklearn = folder / "sklearn"
+    write(sklearn / "model.pkl", "pickle")
+    write(sklearn / "MLmodel", "flavors: {sklearn: {}}")
+    register(mlflow_proxied, sklearn, "acme-sklearn")
+    gguf = folder / "gguf"
+    write(gguf / "model-q4.gguf", "GGUF")
+    register(mlflow_proxied, gguf, "acme-gguf")
+    register(mlflow_proxied, folder / "good", "acme-mirror-of", model_id="other/mirror-of")
+    return mlflow_proxied
+
+
+@pytest.mark.parametrize(
+    ("answers", "line"),
+    [
+        (["model_id=acme/goood"], "MLflow at {uri} has no registered model acme-goood: the closest names are "
+         "acme-good"),
+        (["model_id=acme/good", "model_version=7"], "acme-good has no version 7: it has 1."),
+        (["model_id=acme/good", "model_version=@best"], "acme-good has no alias @best: it has no alias at "
+         "all."),
+        (["model_id=acme/no-tokenizer"], "Version 1 of acme-no-tokenizer lacks tokenizer.json, which TEI "
+         "needs: register it again with its complete files."),
+        (["model_id=acme/no-weights"], "Version 1 of acme-no-weights lacks model.safetensors (or "
+         "pytorch_model.bin), which TEI needs: register it again with its complete files."),
+        (["model_id=acme/bad-config"], "Version 1 of acme-bad-config: config.json is not JSON: the "
+         "registered copy is damaged, register it again."),
+        (["model_id=acme/list-config"], "Version 1 of acme-list-config: config.json holds no JSON object: "
+         "register it again."),
+        (["model_id=acme/cut"], "model.safetensors has 2043 bytes where its header says 2143: the registered "
+         "copy is cut off, register it again."),
+        (["model_id=acme/no-safetensors"], "model.safetensors is no safetensors file: its header does not "
+         "fit; register it again."),
+        (["model_id=acme-sklearn"], "Version 1 of acme-sklearn is no embedding model that TEI can serve: its "
+         "artifacts hold no folder with config.json and model.safetensors."),
+        (["model_id=acme-gguf"], "Version 1 of acme-gguf is a GGUF model, which TEI cannot read: register "
+         "the safetensors original."),
+        (["model_id=acme/mirror-of"], "acme-mirror-of in MLflow at {uri} is a copy of other/mirror-of, not "
+         "of acme/mirror-of: answer model_id=other/mirror-of if you mean it."),
+    ],
+)  # fmt: skip
+def test_a_model_that_cannot_be_served(
+    refused: Callable[..., str], registered: str, answers: list[str], line: str
+) -> None:
+    said = refused(*answers, MLFLOW_TRACKING_URI=registered)
+    wanted = line.format(uri=registered)
+    assert said == wanted if wanted.endswith(".") else said.startswith(wanted)
+
+
+def test_an_empty_registry(refused: Callable[..., str], tmp_path: Path) -> None:
+    with serve(tmp_path / "empty") as uri:
+        assert refused(MLFLOW_TRACKING_URI=uri) == (
+            f"MLflow at {uri} has no registered model: register nomic-ai-nomic-embed-text-v1.5 first."
+        )
+
+
+# Keycloak
+
+
+@pytest.fixture
+def guarded(registered: str) -> Iterator[tuple[str, str, list[Request]]]:
+    """(MLflow behind a bearer token, Keycloak's token URL, requests to Keycloak)."""
+
+    def keycloak(request: Request) -> Answer:
+        form = request.form
+        password = form.get("grant_type") == "password" and form.get("password") == "right"
+        client = form.get("grant_type") == "client_credentials" and form["client_secret"] == "right"
+        if password or client:
+            return 200, JSON, b'{"access_token": "fresh-token", "expires_in": 300}'
+        return 401, JSON, b'{"error": "invalid_grant", "error_description": "for hunter2"}'
+
+    def mlflow(request: Request) -> Answer | None:
+        allowed = request.headers.get("Authorization") == "Bearer fresh-token"
+        return None if allowed else (401, HTML, b"no")
+
+    with gateway(keycloak) as identity, gateway(mlflow, registered) as front:
+        yield front.uri, f"{identity.uri}/realms/x/protocol/openid-connect/token", identity.requests
+
+
+LOGINS = {
+    "password": {"MLFLOW_AUTH_USERNAME": "me", "MLFLOW_AUTH_PASSWORD": "right"},
+    "client_credentials": {"MLFLOW_CLIENT_SECRET": "right"},
+}
+
+
+@pytest.mark.parametrize("grant", LOGINS)
+def test_keycloak_gives_a_token(
+    copier_copy: Copy, guarded: tuple[str, str, list[Request]], grant: str
+) -> None:
+    uri, token_url, requests = guarded
+    login = {"MLFLOW_KEYCLOAK_TOKEN_URL": token_url, "MLFLOW_KEYCLOAK_CLIENT_ID": "render"}
+    asked = {"MLFLOW_TRACKING_URI": uri, **login, **LOGINS[grant]}
+
+    result = copier_copy("model_id=acme/good", "accelerator=cpu", **asked)
+
+    assert result.code == 0, result.error
+    assert {request.form["grant_type"] for request in requests} == {grant}
+    everything = "".join(p.read_text() for p in result.target.rglob("*") if p.is_file())
+    assert "fresh-token" not in everything + result.output + result.error
+
+
+def test_keycloak_refuses(
+    refused: Callable[..., str], guarded: tuple[str, str, list[Request]]
+) -> None:
+    uri, token_url, _ = guarded
+    login = {"MLFLOW_KEYCLOAK_TOKEN_URL": token_url, "MLFLOW_KEYCLOAK_CLIENT_ID": "render"}
+    identity = token_url.partition("/realms")[0]
+    wrong = {"MLFLOW_AUTH_USERNAME": "me", "MLFLOW_AUTH_PASSWORD": "hunter2"}
+    assert refused("model_id=acme/good", MLFLOW_TRACKING_URI=uri, **login, **wrong) == (
+        f"Keycloak at {identity} refuses the login (invalid_grant): check the client, the secret, and "
+        "the user of the password grant."
+    )
+    assert refused("model_id=acme/good", MLFLOW_TRACKING_URI=uri, **login) == (
+        "MLFLOW_KEYCLOAK_TOKEN_URL is set, but MLFLOW_CLIENT_SECRET (or MLFLOW_AUTH_USERNAME and "
+        "MLFLOW_AUTH_PASSWORD) is not."
+    )
