@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from . import accelerator
+from . import accelerator, sizing
 from .errors import ConfigurationError, UnsuitableModelError
 from .pin import Pin
 
@@ -180,6 +180,8 @@ def check_together(given: Mapping[str, Any], pin: Pin) -> None:
             "components: autoscaling-hpa and autoscaling-keda would fight over the replicas: "
             "choose one."
         )
+    if refused := sizing.problem(pin, given):
+        raise refused
     if pin.facts.pooling is None and given["pooling"] == "auto":
         raise UnsuitableModelError(
             f"{pin.model_id} does not say how it pools, and TEI would guess: answer pooling=mean, "

@@ -1,0 +1,626 @@
+"""What TEI and its pod are given: flags, memory, probes, drain and scaling, from a model and an accelerator.
+
+Pure arithmetic: nothing here reads a file or asks a server. Each rule says where it is from:
+"TEI" with a file name is huggingface/text-embeddings-inference at
+0d124dc9773be6ac5a9a57d8439aba9bbbf33273; "assumed" is an estimate of ours, on the safe side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+from . import accelerator as accelerators
+from .accelerator import Accelerator
+from .egress import Egress, destinations
+from .embedding_model import Facts
+from .errors import ConfigurationError, TemplateError, UnsuitableModelError
+from .pin import Pin
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+_FLOAT32_ONLY = frozenset({"gemma3_text", "bidirectional_pplx_qwen3"})
+"""TEI has no float16 for them (TEI backends/candle/src/lib.rs)."""
+
+_DEFAULT_BATCH_TOKENS = 16384
+"""TEI's own (router/src/main.rs)."""
+
+_SMALLEST_BATCH_TOKENS = 2048
+"""Less leaves a GPU idle, and cuts inputs that most models take whole. Assumed."""
+
+_USED_OF_GPU = 0.9
+"""Of a GPU's own memory; the rest is the driver's and fragmentation. Assumed."""
+
+_USED_OF_UNIFIED = 0.25
+"""One of the four parts that a DGX Spark is usually sliced into; the rest is the system's and others'."""
+
+_UNIFIED_RESERVE_BYTES = 16 * GIB
+"""Of unified memory, for the operating system, kubelet and page cache. Assumed."""
+
+_CPU_ACTIVATION_BYTES = 8 * GIB
+"""Of a pod on a CPU, so that the pod fits a common node. Assumed."""
+
+_CUDA_BYTES = GIB
+"""CUDA context, kernels and cuBLAS workspace on the GPU. Assumed."""
+
+_PROCESS_BYTES = 512 * MIB
+"""TEI itself, requests and responses in flight. Assumed."""
+
+_BYTES_PER_TOKEN_OF_VOCABULARY = 600
+"""Of one copy of the tokenizer in memory; each worker has its own (TEI #766). Assumed."""
+
+_DEFAULT_VOCABULARY = 256_000
+"""Tokens, where the model does not say."""
+
+_SUSTAINED_FLOPS = {True: 20e12, False: 0.1e12}
+"""Operations per second that any GPU of the table, or four CPU cores, keep up at least. Assumed."""
+
+_SLOW_GPU_FLOPS = 1e12
+"""Operations per second that no GPU falls below at a full batch, and no CPU pod of this size reaches."""
+
+_PAYLOAD_BYTES = 2_000_000
+"""TEI's own --payload-limit: the largest request body."""
+
+_BYTES_PER_TOKEN_OF_TEXT = 4
+"""English text and common tokenizers. Assumed."""
+
+_LOAD_BYTES_PER_SECOND = 50e6
+"""Reading weights from a slow network volume. Assumed."""
+
+_FETCH_BYTES_PER_SECOND = 20e6
+"""Fetching a model from MLflow. Assumed."""
+
+PORT = 8355
+PRE_STOP_SECONDS = 15
+"""Longer than endpoints take to leave load balancers; KServe waits as long."""
+
+MODEL_FETCH_VERSION = "1.0.0"
+"""Tag of the image of model-fetch: the version of the program."""
+
+SMOKE_VERSION = "1.0.0"
+"""Tag of the image of smoke: the version of the program."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """One flag of TEI, and why it has its value."""
+
+    name: str
+    value: str | None
+    """None: deliberately not given."""
+
+    reason: str
+    """One sentence for the operator."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """Requests and limits of one container."""
+
+    cpu_request: str
+    """Kubernetes quantity of cores."""
+
+    cpu_limit: str
+    memory_request_mib: int
+    memory_limit_mib: int
+    reason: str
+    """How the memory adds up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes that serving takes."""
+
+    weights: int
+    """In the type that TEI computes in."""
+
+    activations: int
+    """Of one full batch."""
+
+    overhead: int
+    """On the accelerator, beside both."""
+
+    @property
+    def total(self) -> int:
+        """On the accelerator, or in the pod when there is none."""
+        return self.weights + self.activations + self.overhead
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """An image as kustomize's `images` takes it."""
+
+    name: str
+    tag: str
+    digest: str | None = None
+
+    @property
+    def reference(self) -> str:
+        """As a container engine takes it."""
+        return f"{self.name}:{self.tag}" + (f"@{self.digest}" if self.digest else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The PersistentVolumeClaim of the models."""
+
+    name: str
+    """Holds size and access, which a claim cannot change: another size is another claim."""
+
+    access_mode: str
+    """ReadWriteOnce, or ReadWriteMany as soon as two pods may stand on two nodes."""
+
+    size_gib: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All that the templates print of numbers."""
+
+    flags: tuple[Flag, ...]
+    served_input_tokens: int
+    """Longer inputs are cut: the model's context, or --max-batch-tokens if that is less."""
+
+    max_client_batch_size: int
+    max_batch_tokens: int
+    dtype: str
+    pooling: str
+    memory: Memory
+    tei: Resources
+    model_fetch: Resources
+    gpus: int
+    """`nvidia.com/gpu` of the pod."""
+
+    startup_failures: int
+    """Probes, 5 s apart, that may fail while TEI loads."""
+
+    liveness_failures: int
+    """Probes, 30 s apart, that may fail before the container is started anew."""
+
+    request_seconds: int
+    """Longest request: what routes let live, and what a drain waits for."""
+
+    grace_seconds: int
+    """terminationGracePeriodSeconds."""
+
+    progress_seconds: int
+    """progressDeadlineSeconds: pulling images, fetching the model and loading it."""
+
+    surge: bool
+    """A rollout may start a pod before it stops one: no GPU and no ReadWriteOnce volume is in the way."""
+
+    claim: Claim
+    model_gib: int
+    """Of an emptyDir that takes one version."""
+
+    min_replicas: int
+    max_replicas: int
+    scale_up_seconds: int
+    """Between two pods more: the first helps only once it has loaded the model."""
+
+    queue_target: int
+    """Inputs waiting per pod, above which another pod is worth starting: one full batch."""
+
+    slo_seconds: float
+    """99 % of requests are answered within."""
+
+    slow_base_seconds: float
+    """A batch on a GPU never takes longer than this plus `slow_token_seconds` per token."""
+
+    slow_token_seconds: float
+    tei_image: Image
+    model_fetch_image: Image
+    smoke_image: Image
+    egress: tuple[Egress, ...]
+
+    @property
+    def args(self) -> tuple[str, ...]:
+        """The arguments of TEI's container, one per flag."""
+        given = (flag for flag in self.flags if flag.value is not None)
+        return tuple(f"{f.name}={f.value}" if f.value else f.name for f in given)
+
+
+def plan(pin: Pin, given: Mapping[str, Any]) -> Plan:
+    """Everything that follows from a pin and the answers.
+
+    Args: given: the answers by name, valid each on its own.
+    Raises: UnsuitableModelError when the model does not fit the accelerator.
+    """
+    gpu = accelerators.for_name(given["accelerator"])
+    facts = pin.facts
+    dtype = serving_dtype(facts, gpu)
+    batch_tokens = max_batch_tokens(pin, gpu)
+    served = min(facts.max_input_tokens or batch_tokens, batch_tokens)
+    client_batch = 128 if gpu.is_gpu else 32
+    memory = memory_needed(facts, gpu, batch_tokens)
+    workers = 4 if gpu.is_gpu else 2
+    replicas = int(given["replicas"])
+    autoscaled = any(c.startswith("autoscaling-") for c in given["components"])
+    pooling = given["pooling"] if given["pooling"] != "auto" else str(facts.pooling)
+    request = request_seconds(facts, gpu)
+    startup = startup_seconds(facts, gpu, batch_tokens)
+    fetch_seconds = ceil(_stored_bytes(facts) / _FETCH_BYTES_PER_SECOND)
+    claim = model_claim(facts, given["project_name"], shared=replicas > 1 or autoscaled)
+    registry = f"{given['container_registry']}/{given['project_name']}"
+    return Plan(
+        flags=tuple(
+            _flags(pin, gpu, dtype, pooling, given, batch_tokens, served, client_batch, workers)
+        ),
+        served_input_tokens=served,
+        max_client_batch_size=client_batch,
+        max_batch_tokens=batch_tokens,
+        dtype=dtype,
+        pooling=pooling,
+        memory=memory,
+        tei=tei_resources(facts, gpu, memory, workers),
+        model_fetch=model_fetch_resources(pin),
+        gpus=1 if gpu.is_gpu else 0,
+        startup_failures=ceil(startup / 5),
+        liveness_failures=max(4, ceil(request / 30) + 1),
+        request_seconds=request,
+        grace_seconds=PRE_STOP_SECONDS + request + 5,
+        progress_seconds=600 + fetch_seconds + startup,
+        surge=not gpu.is_gpu
+        and (given["model_storage"] != "pvc" or claim.access_mode == "ReadWriteMany"),
+        claim=claim,
+        model_gib=ceil(_folder_bytes(facts) / GIB),
+        min_replicas=replicas,
+        max_replicas=2 * replicas,
+        scale_up_seconds=min(600, startup),
+        queue_target=max(4, batch_tokens // 512),
+        slo_seconds=slo_seconds(facts, gpu, batch_tokens),
+        slow_base_seconds=0.02,
+        slow_token_seconds=2 * _parameters(facts) / _SLOW_GPU_FLOPS,
+        tei_image=_tei_image(gpu, given),
+        model_fetch_image=Image(f"{registry}-model-fetch", MODEL_FETCH_VERSION),
+        smoke_image=Image(f"{registry}-smoke", SMOKE_VERSION),
+        egress=tuple(destinations(pin, given)),
+    )
+
+
+def problem(pin: Pin, given: Mapping[str, Any]) -> TemplateError | None:
+    """Why these answers cannot make a deployment; None when they can."""
+    components = set(given["components"])
+    scalers = sorted(c for c in components if c.startswith("autoscaling-"))
+    if scalers and "monitoring" not in components:
+        return ConfigurationError(
+            f"components: {scalers[0]} scales on te_queue_size, which only monitoring collects: "
+            "add monitoring."
+        )
+    try:
+        max_batch_tokens(pin, accelerators.for_name(given["accelerator"]))
+    except TemplateError as error:
+        return error
+    return None
+
+
+# Memory
+
+
+def _stored_bytes(facts: Facts) -> int:
+    """Size of the weight files."""
+    if facts.weights_bytes is None:
+        raise UnsuitableModelError(
+            "pin.facts.weights_bytes is missing, and nothing can be sized without it: resolve the "
+            "pin again."
+        )
+    return facts.weights_bytes
+
+
+def _parameters(facts: Facts) -> int:
+    """Counted, or from the bytes; of an unknown type, as if each took two."""
+    return facts.parameters or _stored_bytes(facts) // _ITEM_BYTES.get(facts.dtype or "", 2)
+
+
+def _hidden_size(facts: Facts) -> int:
+    return facts.hidden_size or facts.dimensions or 4096
+
+
+def serving_dtype(facts: Facts, gpu: Accelerator) -> str:
+    """float16 where flash attention or memory gain from it, float32 elsewhere; TEI has no bfloat16."""
+    return "float32" if facts.architecture in _FLOAT32_ONLY else gpu.dtype
+
+
+def uses_flash_attention(facts: Facts, gpu: Accelerator) -> bool:
+    """TEI's flash attention is for float16 alone (backends/candle/src/lib.rs)."""
+    without = {"mpnet", "deberta-v2"}
+    return (
+        gpu.flash_attention
+        and serving_dtype(facts, gpu) == "float16"
+        and facts.architecture not in without
+    )
+
+
+def activation_bytes(facts: Facts, gpu: Accelerator, batch_tokens: int) -> int:
+    """Peak of one batch of `batch_tokens` in inputs as long as the model takes.
+
+    Per token: hidden states, projections and the two or three parts of the feed-forward layer,
+    counted as 12 hidden sizes and 6 intermediate sizes (assumed; twice what a layer holds at once).
+    Without flash attention, also three copies of the attention scores, tokens x longest input x heads.
+    Checked against cpu-arm64-1.9.4 with bge-m3 at 4,096 tokens: 6.2 GiB measured, 6.5 GiB by this rule.
+    """
+    item = _ITEM_BYTES[serving_dtype(facts, gpu)]
+    hidden = _hidden_size(facts)
+    per_token = item * (12 * hidden + 6 * (facts.intermediate_size or 4 * hidden))
+    if not uses_flash_attention(facts, gpu):
+        longest = min(facts.max_input_tokens or batch_tokens, batch_tokens)
+        heads = facts.attention_heads or max(1, hidden // 64)
+        per_token += 3 * item * heads * longest
+    return batch_tokens * per_token
+
+
+def memory_needed(facts: Facts, gpu: Accelerator, batch_tokens: int) -> Memory:
+    """Bytes on the accelerator, or of the pod on a CPU."""
+    return Memory(
+        weights=_parameters(facts) * _ITEM_BYTES[serving_dtype(facts, gpu)],
+        activations=activation_bytes(facts, gpu, batch_tokens),
+        overhead=_CUDA_BYTES if gpu.is_gpu else 0,
+    )
+
+
+def _fits(facts: Facts, gpu: Accelerator, batch_tokens: int, wanted: bool) -> bool:
+    """Whether a batch fits; `wanted`: within what one pod should take, not only what there is."""
+    needed = memory_needed(facts, gpu, batch_tokens)
+    if gpu.memory_gib is None:
+        return needed.activations <= _CPU_ACTIVATION_BYTES
+    return needed.total <= (_wanted_bytes(gpu) if wanted else available_bytes(gpu))
+
+
+def _wanted_bytes(gpu: Accelerator) -> float:
+    share = _USED_OF_UNIFIED if gpu.unified_memory else _USED_OF_GPU
+    return (gpu.memory_gib or 0) * GIB * share
+
+
+def available_bytes(gpu: Accelerator) -> float:
+    """The most that serving may take of an accelerator's memory."""
+    whole = (gpu.memory_gib or 0) * GIB
+    return whole - _UNIFIED_RESERVE_BYTES if gpu.unified_memory else whole * _USED_OF_GPU
+
+
+def max_batch_tokens(pin: Pin, gpu: Accelerator) -> int:
+    """Tokens per batch that fit next to the weights.
+
+    TEI's warm-up allocates exactly this many on a GPU (TEI backends/src/lib.rs), so too many is an
+    out-of-memory crash at start; and it never takes an input longer than this.
+
+    Returns: tokens; TEI's default or the model's longer context, else the largest power of two that
+    fits, down to 2,048.
+    Raises: UnsuitableModelError when not even that fits: what it needs, what there is, what fits.
+    """
+    facts = pin.facts
+    first = max(_DEFAULT_BATCH_TOKENS, facts.max_input_tokens or 0)
+    powers = [1 << n for n in range(16, 10, -1) if 1 << n < first]
+    for wanted in (True, False):
+        for tokens in (first, *powers):
+            if _fits(facts, gpu, tokens, wanted):
+                return tokens
+    needed = memory_needed(facts, gpu, _SMALLEST_BATCH_TOKENS).total / GIB
+    fitting = [
+        a.name
+        for a in accelerators.load().values()
+        if a.is_gpu and _fits(facts, a, _SMALLEST_BATCH_TOKENS, wanted=False)
+    ]
+    has = (
+        f"{gpu.title} has {available_bytes(gpu) / GIB:.1f} GiB to give"
+        if gpu.is_gpu
+        else f"a pod on a CPU gets {_CPU_ACTIVATION_BYTES / GIB:.0f} GiB beside the weights"
+    )
+    way_out = f"choose accelerator={', '.join(fitting)}" if fitting else "choose a smaller model"
+    raise UnsuitableModelError(
+        f"{pin.model_id} does not fit: it needs {needed:.1f} GiB, {has}; {way_out}."
+    )
+
+
+def tei_resources(facts: Facts, gpu: Accelerator, memory: Memory, workers: int) -> Resources:
+    """Requests and limits of TEI's container.
+
+    A GPU's own memory is not the pod's. Unified memory is: whether the kernel charges CUDA's
+    allocations to the pod is not settled, so the limit holds them, once. The pages of the mapped
+    weights are charged too, so they are counted where the weights end up elsewhere.
+    """
+    tokenizers = workers * (facts.vocab_size or _DEFAULT_VOCABULARY) * _BYTES_PER_TOKEN_OF_VOCABULARY
+    host = _PROCESS_BYTES + tokenizers
+    parts = [f"{_mib(host)} MiB for TEI and {workers} tokenizers"]
+    if gpu.is_gpu:
+        host += _CUDA_BYTES
+        parts.append(f"{_mib(_CUDA_BYTES)} MiB for CUDA on the host")
+    counted = memory.total if gpu.unified_memory else memory.total if not gpu.is_gpu else 0
+    if counted:
+        parts.append(
+            f"{_mib(memory.weights)} MiB of weights in {serving_dtype(facts, gpu)}, "
+            f"{_mib(memory.activations)} MiB for one full batch"
+        )
+        if memory.overhead:
+            parts.append(f"{_mib(memory.overhead)} MiB for CUDA in the unified memory")
+    else:
+        parts.append("the weights while they pass through to the GPU")
+    needed = host + counted
+    limit = needed * 5 // 4 + (0 if counted else _stored_bytes(facts))
+    return Resources(
+        cpu_request="2" if gpu.is_gpu else "4",
+        cpu_limit="4",
+        memory_request_mib=_rounded_mib(needed if counted else needed),
+        memory_limit_mib=_rounded_mib(limit),
+        reason=f"{', '.join(parts)}; the limit is a quarter above that",
+    )
+
+
+def model_fetch_resources(pin: Pin) -> Resources:
+    """Requests and limits of the init container, which holds chunks, never a whole file.
+
+    Eight connections with 16 MiB each, and Python with the MLflow client.
+    """
+    return Resources(
+        cpu_request="250m",
+        cpu_limit="2",
+        memory_request_mib=512,
+        memory_limit_mib=1024,
+        reason="eight connections with chunks of 16 MiB, Python and the MLflow client",
+    )
+
+
+def _mib(size: int) -> int:
+    return ceil(size / MIB)
+
+
+def _rounded_mib(size: int) -> int:
+    """Up to a multiple of 256 MiB."""
+    return 256 * ceil(size / (256 * MIB))
+
+
+# Time
+
+
+def request_seconds(facts: Facts, gpu: Accelerator) -> int:
+    """Longest request: a body of TEI's --payload-limit, at the slowest sustained speed.
+
+    2 operations per parameter and token. Returns: seconds, 60 to 600, a multiple of 30.
+    """
+    tokens = _PAYLOAD_BYTES / _BYTES_PER_TOKEN_OF_TEXT
+    seconds = 2 * _parameters(facts) * tokens / _SUSTAINED_FLOPS[gpu.is_gpu]
+    return min(600, max(60, 30 * ceil(seconds / 30)))
+
+
+def startup_seconds(facts: Facts, gpu: Accelerator, batch_tokens: int) -> int:
+    """Budget from the start of TEI's process to its first answer.
+
+    Two minutes for CUDA and its kernels' first compilation (14 s were reported from a Spark with a
+    warm cache), reading the weights from a slow volume, and the warm-up, which TEI runs on GPUs
+    alone, with three times the operations of the weights for attention.
+    """
+    reading = _stored_bytes(facts) / _LOAD_BYTES_PER_SECOND
+    warm_up = 3 * 2 * _parameters(facts) * batch_tokens / _SUSTAINED_FLOPS[True]
+    return ceil(120 + reading + (warm_up if gpu.is_gpu else 0))
+
+
+def slo_seconds(facts: Facts, gpu: Accelerator, batch_tokens: int) -> float:
+    """Objective for 99 % of requests: two full batches at the slowest sustained speed.
+
+    Returns: seconds, 1 to 10; TEI's histogram ends at 14.6 s (router/src/prometheus.rs).
+    """
+    batches = 2 * 2 * _parameters(facts) * batch_tokens / _SUSTAINED_FLOPS[gpu.is_gpu]
+    return float(min(10, max(1, ceil(batches))))
+
+
+# Storage and images
+
+
+def _folder_bytes(facts: Facts) -> int:
+    """One version on disk, with room for small files and for a conversion's second copy."""
+    return 2 * _stored_bytes(facts) + 256 * MIB
+
+
+def model_claim(facts: Facts, project_name: str, shared: bool) -> Claim:
+    """A volume for two versions, since old and new meet in a rollout.
+
+    Size and access mode of a claim cannot be changed at will, and the volume is a cache: so both
+    are part of the name, and a change makes a new claim. Sizes are powers of two, to be rare.
+    """
+    size = 16
+    while size * GIB < 2 * _folder_bytes(facts):
+        size *= 2
+    name = f"{project_name}-models-{'shared-' if shared else ''}{size}gi"
+    return Claim(name, "ReadWriteMany" if shared else "ReadWriteOnce", size)
+
+
+def _tei_image(gpu: Accelerator, given: Mapping[str, Any]) -> Image:
+    if given["tei_image"] == "build":
+        name = f"{given['container_registry']}/{given['project_name']}-tei"
+        return Image(name, f"{given['tei_ref'][:12]}-{gpu.name}")
+    reference, _, digest = gpu.official_images[given["image_platform"]].partition("@")
+    name, _, tag = reference.rpartition(":")
+    return Image(name, tag, digest or None)
+
+
+# Flags
+
+
+def _flags(
+    pin: Pin,
+    gpu: Accelerator,
+    dtype: str,
+    pooling: str,
+    given: Mapping[str, Any],
+    batch_tokens: int,
+    served: int,
+    client_batch: int,
+    workers: int,
+) -> Iterator[Flag]:
+    """TEI's flags in the order of its own help, each with its reason."""
+    facts = pin.facts
+    concurrency = 8 if gpu.is_gpu else 16
+    yield Flag(
+        "--model-id", "/model/current", "The link that model-fetch sets to the pinned version"
+    )
+    yield Flag("--served-model-name", pin.model_id, "What clients name as `model`")
+    yield Flag(
+        "--pooling",
+        pooling,
+        "As answered, over what the model's files say"
+        if given["pooling"] != "auto"
+        else "As the model's files say; always given, because TEI guesses where one is missing",
+    )
+    yield Flag("--dtype", dtype, _dtype_reason(facts, gpu, dtype))
+    longest = facts.max_input_tokens or served
+    cut = f"; inputs are cut at {served:,} of the model's {longest:,} tokens" if served < longest else ""
+    yield Flag(
+        "--max-batch-tokens",
+        str(batch_tokens),
+        f"Fits the memory next to the weights; the warm-up proves it at start{cut}"
+        if gpu.is_gpu
+        else f"Keeps a batch within {_CPU_ACTIVATION_BYTES // GIB} GiB{cut}",
+    )
+    yield Flag(
+        "--max-client-batch-size",
+        str(client_batch),
+        "Inputs per request; more are answered with 422",
+    )
+    yield Flag(
+        "--max-concurrent-requests",
+        str(client_batch * concurrency),
+        f"TEI counts inputs, not requests: {concurrency} full batches at a time, then 429",
+    )
+    yield Flag(
+        "--tokenization-workers",
+        str(workers),
+        "One per core of the limit, not of the node; each holds a copy of the tokenizer"
+        if gpu.is_gpu
+        else "Half of the cores: the others compute",
+    )
+    yield Flag(
+        "--auto-truncate",
+        "true",
+        "A too long input is cut, not refused; clients may ask for an error with truncate=false",
+    )
+    yield Flag("--default-prompt", None, _prompt_reason(facts))
+    yield Flag(
+        "--payload-limit",
+        str(_PAYLOAD_BYTES),
+        "Bytes per request; the timeouts and the drain are computed for it",
+    )
+    yield Flag("--hostname", "0.0.0.0", "Kubernetes sets HOSTNAME to the pod's name")  # noqa: S104
+    yield Flag("--port", str(PORT), "Above 1024, so no privilege is needed")
+    yield Flag("--json-output", "", "Logs that a collector can read")
+
+
+def _dtype_reason(facts: Facts, gpu: Accelerator, dtype: str) -> str:
+    if facts.architecture in _FLOAT32_ONLY:
+        return f"TEI has no float16 for {facts.architecture}"
+    if dtype == "float32":
+        return "TEI would take float16 even on a CPU, where it is slow"
+    if uses_flash_attention(facts, gpu):
+        return "TEI's flash attention works in no other type"
+    return "Half the memory of float32"
+
+
+def _prompt_reason(facts: Facts) -> str:
+    if not facts.prompts:
+        return "The model has no prefixes"
+    return (
+        "Not given: it would stand before queries and documents alike; clients write the model's "
+        f"prefixes themselves ({', '.join(facts.prompts)})"
+    )
