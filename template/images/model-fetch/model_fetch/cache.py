@@ -18,6 +18,7 @@ from typing import Any
 
 from . import prepare
 from .pin import Pin
+from .verify import sha256_of, structure_problem
 
 MARKER = ".model-fetch.json"
 FORMAT = 1
@@ -33,7 +34,7 @@ class KnownFile:
 
     mtime_ns: int
     sha256: str | None
-    """Of what was fetched, before any preparation; None where no digest was computed."""
+    """As it stands here, so after preparation; None where no digest was computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,22 +95,35 @@ class VersionFolder:
     def problem(self, marker: Marker) -> str | None:
         """What has changed since the folder was complete; None when nothing has.
 
-        Looks at names, sizes and times of change alone, so it costs milliseconds.
+        Looks at names, sizes and times of change, so it costs milliseconds. Only a file whose time
+        alone is another (a restored backup) is read and digested.
         """
-        known = {file.path: file for file in marker.files}
         present = dict(_files(self.path))
         present.pop(MARKER, None)
-        for path, file in known.items():
-            found = present.pop(path, None)
+        for file in marker.files:
+            found = present.pop(file.path, None)
             if found is None:
-                return f"{path} is missing"
+                return f"{file.path} is missing"
             if found.st_size != file.size:
-                return f"{path} has {found.st_size:,} bytes instead of {file.size:,}"
-            if found.st_mtime_ns != file.mtime_ns:
-                return f"{path} was written after it was verified"
+                return f"{file.path} has {found.st_size:,} bytes instead of {file.size:,}"
+            if found.st_mtime_ns != file.mtime_ns and not self._same(file):
+                return f"{file.path} was changed after it was verified"
         for path in present:
             return f"{path} does not belong there"
         return None
+
+    def damage(self, marker: Marker) -> str | None:
+        """What is wrong with the folder when every byte is read again; None when nothing is."""
+        for file in marker.files:
+            if file.sha256 is not None and (self.path / file.path).is_file():
+                if not self._same(file):
+                    return f"{file.path} does not have its recorded SHA-256"
+            elif problem := structure_problem(self.path / file.path):
+                return f"{file.path}: {problem}"
+        return self.problem(marker)
+
+    def _same(self, file: KnownFile) -> bool:
+        return file.sha256 is not None and sha256_of(self.path / file.path) == file.sha256
 
     def stage(self) -> Staging:
         """A private folder to fetch into; takes over what an earlier run left. Needs the lock."""
@@ -160,13 +174,9 @@ class Staging:
     def journal(self, path: str) -> Path:
         return self.path / "journals" / sha256(path.encode()).hexdigest()[:16]
 
-    def known_files(self, digests: dict[str, str | None]) -> tuple[KnownFile, ...]:
-        """What stands in the folder now."""
-        return tuple(
-            KnownFile(path, stat.st_size, stat.st_mtime_ns, digests.get(path))
-            for path, stat in sorted(_files(self.files), key=lambda item: item[0])
-            if path != MARKER
-        )
+    def present(self) -> dict[str, os.stat_result]:
+        """What stands in the folder now, by path."""
+        return dict(sorted(_files(self.files), key=lambda item: item[0]))
 
 
 def link(link: Path, target: Path) -> None:

@@ -59,6 +59,11 @@ class Plan:
     def __iter__(self) -> Iterator[Chunk]:
         return (self[index] for index in range(len(self)))
 
+    def ends_within(self, start: int, end: int) -> range:
+        """Indexes of the chunks whose last byte is in the bytes from start to end (exclusive)."""
+        last = len(self) if end == self.size else end // self.chunk_size
+        return range(start // self.chunk_size, last)
+
 
 def boot_id() -> str:
     """Names the running kernel; differs on every machine and after every boot."""
@@ -116,11 +121,11 @@ def read_journal(text: str, path: str, size: int, boot: str) -> Progress | None:
 class Journal:
     """Writes the journal of one file. Safe to use from several threads."""
 
-    def __init__(self, where: Path, path: str, size: int, progress: Progress, boot: str) -> None:
+    def __init__(self, where: Path, path: str, size: int, progress: Progress) -> None:
         """Starts the journal at `where` anew, holding what `progress` says and nothing else."""
         self._where = where
         self._lock = threading.Lock()
-        header = {"path": path, "size": size, "chunk": progress.chunk_size, "boot": boot}
+        header = {"path": path, "size": size, "chunk": progress.chunk_size, "boot": boot_id()}
         lines = [json.dumps(header)]
         if progress.validator is not None:
             lines.append("~" + json.dumps(progress.validator))

@@ -45,24 +45,26 @@ def held(
     stop: Stop,
     done: Callable[[], bool],
     progress: Callable[[], int],
-) -> Iterator[bool]:
-    """Holds the lock at `path`; yields False instead when `done` becomes true while waiting.
+) -> Iterator[Hold | None]:
+    """Holds the lock at `path`; yields None instead when `done` becomes true while waiting.
 
-    progress: bytes so far, for those who wait
-    Raises: LockTimeout after `timeout` seconds; OSError.
+    lease: seconds without a sign of life after which a holder on another machine counts as dead
+    progress: bytes so far, told to those who wait
+    Raises: LockTimeout after `timeout` seconds; OSError. Sets `stop` with LockLost when the lock
+    goes to somebody else.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o664)
     try:
         token = f"{socket.gethostname()}:{os.getpid()}:{os.urandom(6).hex()}"
         if not _acquire(fd, token, lease, timeout, console, stop, done):
-            yield False
+            yield None
             return
-        beat = _Heart(fd, token, lease, progress, stop)
+        hold = Hold(fd, token, lease, progress, stop)
         try:
-            yield True
+            yield hold
         finally:
-            beat.end()
+            hold.end()
     finally:
         os.close(fd)
 
@@ -118,8 +120,8 @@ def _acquire(
         stop.sleep(POLL)
 
 
-class _Heart:
-    """Keeps the record alive, and stops the run when somebody else's record stands there."""
+class Hold:
+    """A lock that is held: keeps its record alive, and stops the run when another stands there."""
 
     def __init__(
         self, fd: int, token: str, lease: float, progress: Callable[[], int], stop: Stop
@@ -130,12 +132,17 @@ class _Heart:
         self._thread = threading.Thread(target=self._run, name="lock", daemon=True)
         self._thread.start()
 
+    @property
+    def lost(self) -> bool:
+        """Whether somebody else has taken the lock over."""
+        record = _read(self._fd)
+        return record is not None and record.get("token") != self._token
+
     def _run(self) -> None:
         beat = 0
         while not self._quit.wait(self._interval):
             try:
-                record = _read(self._fd)
-                if record is not None and record.get("token") != self._token:
+                if self.lost:
                     self._stop.set(LockLost())
                     return
                 beat += 1
@@ -147,7 +154,7 @@ class _Heart:
         self._quit.set()
         self._thread.join()
         try:
-            if (_read(self._fd) or {}).get("token") == self._token:
+            if not self.lost:
                 os.ftruncate(self._fd, 0)
         except OSError:
             pass

@@ -8,17 +8,25 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import cache, lock, sources
-from .cache import Marker, Staging, VersionFolder
+from . import cache, lock, pin as pins, sources
+from .cache import KnownFile, Marker, Staging, VersionFolder
 from .console import MB, Console, Meter
-from .failures import ConfigurationError, NoSpaceError, VerificationError
+from .failures import (
+    ConfigurationError,
+    NoSpaceError,
+    NotFoundError,
+    UnreachableError,
+    VerificationError,
+)
+from .lock import Hold, LockLost
 from .pin import Pin
 from .prepare import prepare
+from .prune import prune
 from .settings import Settings
 from .sources import ClientStore, HttpSource, Mounted, Source
 from .stop import Stop
 from .transfer import Transfer
-from .verify import digest_file, structure_problem
+from .verify import digest_file, sha256_of, structure_problem
 
 SPARE = 16 << 20  # bytes to leave free on the volume, for journals and the file system's own
 
@@ -28,78 +36,101 @@ class Outcome:
     """What a run did."""
 
     folder: Path
-    bytes: int
-    """Of the model."""
+    """Where the link points."""
 
-    received: int
+    how: str
+    """`already there`, `fetched`, `fetched by another process`, or `used in place`."""
+
+    received: int = 0
     """Bytes that came over the network in this run."""
 
-    seconds: float
-    how: str
-    """`already there`, `fetched`, `fetched by another process`, or `in place`."""
-
-    prepared: tuple[str, ...] = ()
+    seconds: float = 0.0
+    """Of the transfer."""
 
     def summary(self, pin: Pin) -> str:
-        size = f"{self.bytes / MB:,.0f} MB"
-        text = f"{pin.registered_model} version {pin.version} is ready: {size} {self.how}"
+        """One line for the log and the termination message."""
+        size = sum(file.size for file in pin.files) / MB
+        text = f"{pin.registered_model} version {pin.version} is ready: {size:,.1f} MB {self.how}"
         if self.received:
-            rate = self.received / MB / max(self.seconds, 1e-3)
-            text += f", {self.received / MB:,.0f} MB received in {self.seconds:.1f} s ({rate:,.0f} MB/s)"
+            received = self.received / MB
+            text += f"; received {received:,.1f} MB in {self.seconds:.1f} s"
+            text += f" ({received / max(self.seconds, 1e-3):,.0f} MB/s)"
         return text
 
 
+def resolve(pin: Pin, settings: Settings, console: Console) -> Pin:
+    """A pin with a version: the one that was given, or what the registry says now."""
+    if pin.version is not None:
+        return pin
+    try:
+        found = pins.resolve(pin.model_id, pin.selector)
+    except UnreachableError:
+        # A number names the same version for ever, so a complete one needs no registry.
+        known = _known_version(pin, settings)
+        if known is None:
+            raise
+        console.warning("MLflow is out of reach; the version is here, so it is not needed")
+        return known
+    console.info(
+        f"{pin.registered_model} {pin.selector} is version {found.version}",
+        model=found.registered_model,
+        version=found.version,
+    )
+    return found
+
+
 def make_ready(pin: Pin, settings: Settings, console: Console, stop: Stop) -> Outcome:
-    """Makes the link point to the pinned version, complete and verified."""
-    began = time.monotonic()
-    size = sum(file.size for file in pin.files)
+    """Makes the link point to the pinned version, complete and verified.
+
+    pin: with a version
+    Raises: TemplateErrors, OSError, and what `stop` is set with.
+    """
     folder = VersionFolder(settings.cache or settings.link.parent, pin)
-    how, received = "already there", 0
-    marker = _complete(folder, console)
-    if marker is None:
-        source = sources.choose(pin, settings, console)
-        console.info(
-            f"{pin.registered_model} version {pin.version}: {len(pin.files)} files, "
-            f"{size / MB:,.0f} MB, {source.name}",
-            model=pin.registered_model,
-            version=pin.version,
-        )
-        straight = _straight(source, pin)
-        if settings.cache is None and not isinstance(source, Mounted):
-            raise ConfigurationError("--cache is missing: the model has to be fetched somewhere")
-        marker, how, received, in_place = _obtain(
-            folder, source, straight, settings, console, stop
-        )
-        if in_place is not None:
-            cache.link(settings.link, in_place)
-            return Outcome(in_place, size, 0, time.monotonic() - began, "in place")
-    os.utime(folder.path / cache.MARKER) if os.access(folder.path, os.W_OK) else None
-    cache.link(settings.link, folder.path)
-    seconds = time.monotonic() - began
-    return Outcome(folder.path, size, received, seconds, how, marker.prepared)
+    while True:
+        try:
+            outcome = _obtain(folder, settings, console, Stop(stop))
+            break
+        except LockLost:
+            console.warning("another process has taken over, after this one had stood still")
+    cache.link(settings.link, outcome.folder)
+    if settings.keep is not None and outcome.folder == folder.path:
+        prune(folder, settings.keep, settings.keep_hours, console)
+    return outcome
 
 
-def _complete(folder: VersionFolder, console: Console) -> Marker | None:
-    """The marker of the folder when it is whole and unchanged."""
+def check(pin: Pin, settings: Settings) -> str:
+    """Reads every byte of a complete version again; returns a line that says it is right.
+
+    Raises: NotFoundError, VerificationError. Changes nothing.
+    """
+    folder = VersionFolder(settings.cache or settings.link.parent, pin)
     marker = folder.marker()
     if marker is None:
-        return None
-    problem = folder.problem(marker)
+        raise NotFoundError(f"{folder.path} is not there or is not complete: fetch it first")
+    problem = folder.damage(marker)
     if problem:
-        console.warning(f"{folder.path}: {problem}; fetching it again")
-        return None
-    return marker
+        raise VerificationError(f"{folder.path}: {problem}: fetch it again")
+    digests = sum(file.sha256 is not None for file in marker.files)
+    return f"{folder.path} is as it was: {len(marker.files)} files, {digests} with their SHA-256"
 
 
-def _obtain(
-    folder: VersionFolder,
-    source: Source,
-    straight: Path | None,
-    settings: Settings,
-    console: Console,
-    stop: Stop,
-) -> tuple[Marker, str, int, Path | None]:
-    meter = Meter(console, sum(file.size for file in folder.pin.files), settings.interval)
+def _obtain(folder: VersionFolder, settings: Settings, console: Console, stop: Stop) -> Outcome:
+    if _complete(folder, console):
+        return Outcome(folder.path, "already there")
+    pin = folder.pin
+    source = sources.choose(pin, settings, console)
+    size = sum(file.size for file in pin.files)
+    console.info(
+        f"{pin.registered_model} version {pin.version}: {len(pin.files)} files, "
+        f"{size / MB:,.1f} MB, {source.name}",
+        model=pin.registered_model,
+        version=pin.version,
+        files=len(pin.files),
+        bytes=size,
+    )
+    if settings.cache is None and not isinstance(source, Mounted):
+        raise ConfigurationError("--cache is missing: the model must be fetched to some place")
+    meter = Meter(console, size, settings.interval)
     with lock.held(
         folder.lock,
         lease=settings.lease,
@@ -108,29 +139,80 @@ def _obtain(
         stop=stop,
         done=lambda: folder.marker() is not None,
         progress=lambda: meter.present,
-    ) as mine:
-        marker = folder.marker()
-        if marker is not None and folder.problem(marker) is None:
-            return marker, "fetched by another process", 0, None
-        assert mine
-        staging = folder.stage()
-        digests = _fill(staging, source, folder.pin, settings, console, stop, meter)
-        prepared = tuple(prepare(staging.files, folder.pin))
-        for change in prepared:
-            console.info(f"prepared for TEI: {change}")
-        marker = Marker(
-            folder.fingerprint,
-            source.name,
-            staging.known_files(digests),
-            prepared,
-            folder.pin.to_mapping(),
-        )
-        if straight is not None and not prepared:
-            shutil.rmtree(staging.path, ignore_errors=True)
-            return marker, "in place", 0, straight
-        stop.check()
-        folder.publish(staging, marker, settings.sync)
-    return marker, "fetched", meter.received, None
+    ) as hold:
+        if hold is None or _complete(folder, console):
+            return Outcome(folder.path, "fetched by another process")
+        try:
+            return _make(folder, source, settings, console, stop, meter)
+        except Exception:
+            _unless_lost(hold)
+            raise
+
+
+def _make(
+    folder: VersionFolder,
+    source: Source,
+    settings: Settings,
+    console: Console,
+    stop: Stop,
+    meter: Meter,
+) -> Outcome:
+    """Fills, prepares and publishes the folder. Needs the lock."""
+    staging = folder.stage()
+    digests = _fill(staging, source, folder.pin, settings, console, stop, meter)
+    seconds = meter.seconds
+    before = staging.present()
+    changes = tuple(prepare(staging.files, folder.pin))
+    for change in changes:
+        console.info(f"prepared for TEI: {change}")
+    straight = _straight(source, folder.pin)
+    if straight is not None and not changes:
+        shutil.rmtree(staging.path, ignore_errors=True)
+        return Outcome(straight, "used in place")
+    marker = Marker(
+        folder.fingerprint,
+        source.name,
+        _known_files(staging, before, digests),
+        changes,
+        folder.pin.to_mapping(),
+    )
+    stop.check()
+    folder.publish(staging, marker, settings.sync)
+    how = "linked to the mounted store" if isinstance(source, Mounted) else "fetched"
+    return Outcome(folder.path, how, meter.received, seconds)
+
+
+def _complete(folder: VersionFolder, console: Console) -> bool:
+    """Whether the folder is whole and unchanged. Touches it first, so it is not pruned now."""
+    marker = folder.marker()
+    if marker is None:
+        return False
+    try:
+        os.utime(folder.path / cache.MARKER)
+    except OSError:
+        pass  # a read-only volume
+    problem = folder.problem(marker)
+    if problem:
+        console.warning(f"{folder.path}: {problem}; fetching the version again")
+    return problem is None
+
+
+def _known_version(pin: Pin, settings: Settings) -> Pin | None:
+    """The pin of a complete version whose number was asked for."""
+    if not pin.selector.isdigit() or settings.cache is None:
+        return None
+    try:
+        path = settings.cache / pin.registered_model / pin.selector / cache.MARKER
+        marker = Marker.from_json(path.read_text())
+    except (OSError, UnicodeDecodeError):
+        return None
+    return Pin.from_mapping(marker.pin) if marker else None
+
+
+def _unless_lost(hold: Hold) -> None:
+    """An error after the lock was lost is no error: the other process has moved the folder."""
+    if hold.lost:
+        raise LockLost from None
 
 
 def _fill(
@@ -142,7 +224,7 @@ def _fill(
     stop: Stop,
     meter: Meter,
 ) -> dict[str, str | None]:
-    """Brings all pinned files into the staging folder; SHA-256 by path."""
+    """Brings all pinned files into the staging folder; returns SHA-256 by path."""
     if isinstance(source, Mounted):
         return _link_files(staging, source, pin)
     if isinstance(source, ClientStore):
@@ -159,7 +241,7 @@ def _link_files(staging: Staging, source: Mounted, pin: Pin) -> dict[str, str | 
         path = source.path(file)
         problem = structure_problem(path)
         if problem:
-            raise VerificationError(f"{path}: {problem}")
+            raise VerificationError(f"{path}: {problem}: register the model again")
         target = staging.target(file.path)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
@@ -182,34 +264,46 @@ def _download_files(
             digests = digest_file(target, file)
             problem = digests.mismatch() or structure_problem(target)
             if size != file.size:
-                problem = f"has {size:,} bytes, the pin says {file.size:,}"
+                problem = f"the store sends {size:,} bytes, the pin says {file.size:,}"
             if problem:
                 target.unlink()
-                raise VerificationError(f"{file.path}: {problem}")
+                raise VerificationError(f"{file.path}: {problem}: pin the model again")
             meter.add(size)
             found[file.path] = digests.sha256
     return found
 
 
+def _known_files(
+    staging: Staging, before: dict[str, os.stat_result], digests: dict[str, str | None]
+) -> tuple[KnownFile, ...]:
+    """The folder's files as they stand; those that preparation made are digested anew."""
+    known = []
+    for path, now in staging.present().items():
+        was = before.get(path)
+        same = was is not None and (was.st_ino, was.st_mtime_ns) == (now.st_ino, now.st_mtime_ns)
+        digest = digests.get(path) if same else sha256_of(staging.target(path))
+        known.append(KnownFile(path, now.st_size, now.st_mtime_ns, digest))
+    return tuple(known)
+
+
 def _straight(source: Source, pin: Pin) -> Path | None:
-    """The mounted folder that can be used as it is; None when the files must be put together."""
+    """The mounted folder that is the model's as it is; None when files must be put together."""
     if not isinstance(source, Mounted):
         return None
-    prefixes = {
-        file.source.removesuffix(file.path) if file.source.endswith(file.path) else None
+    tops = {
+        file.source[: -len(file.path)] if f"/{file.source}".endswith(f"/{file.path}") else None
         for file in pin.files
     }
-    prefix = prefixes.pop()
-    if prefixes or prefix is None or (prefix and not prefix.endswith("/")):
-        return None
-    return source.root / prefix
+    top = tops.pop()
+    return None if tops or top is None else source.root / top
 
 
 def _check_space(where: Path, needed: int) -> None:
+    """Raises NoSpaceError when `needed` bytes do not fit, before the first one is fetched."""
     stat = os.statvfs(where)
     free = stat.f_bavail * stat.f_frsize
     if needed and free < needed + SPARE:
         raise NoSpaceError(
-            f"{where.parent.parent} has {free / MB:,.0f} MB free, "
-            f"{(needed + SPARE) / MB:,.0f} MB are needed: make the volume larger or prune old versions"
+            f"{where.parent.parent} has {free / MB:,.0f} MB free and needs "
+            f"{(needed + SPARE) / MB:,.0f} MB: make the volume larger or prune old versions"
         )

@@ -28,7 +28,7 @@ class Settings:
     connections: int = 8
     """Connections to the store at a time."""
 
-    chunk_size: int = 16 * MIB
+    chunk_size: int = 8 * MIB
     """Bytes of one range request, and of what a kill can cost per connection."""
 
     retries: int = 8

@@ -7,12 +7,20 @@ from collections.abc import Callable
 
 
 class Stop:
-    """Set once, with the reason; wakes up whoever sleeps or reads. Safe in signal handlers."""
+    """Set once, with the reason; wakes up whoever sleeps or reads."""
 
-    def __init__(self) -> None:
+    def __init__(self, parent: Stop | None = None) -> None:
+        """parent: ends this one too when it is set itself."""
         self._event = threading.Event()
         self._reason: BaseException | None = None
         self._callbacks: list[Callable[[], None]] = []
+        if parent is not None:
+            parent.call(lambda: self.set(parent.reason or RuntimeError("stopped")))
+
+    @property
+    def reason(self) -> BaseException | None:
+        """Why the run is to end; None while it goes on."""
+        return self._reason
 
     def set(self, reason: BaseException) -> None:
         """Asks everything to end; the first reason wins."""

@@ -7,18 +7,12 @@ import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
 from .embedding_model import PinnedFile
 
 PIECE = 1 << 20
 # safetensors refuses longer headers itself (100 MB, safetensors/src/tensor.rs MAX_HEADER_SIZE).
 MAX_HEADER = 100_000_000
-
-
-class Hash(Protocol):
-    def update(self, data: memoryview, /) -> None: ...
-    def hexdigest(self) -> str: ...
 
 
 class Digests:
@@ -73,6 +67,14 @@ def digest_file(path: Path, file: PinnedFile) -> Digests:
     for piece in read_pieces(path):
         digests.update(piece)
     return digests
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    for piece in read_pieces(path):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def structure_problem(path: Path) -> str | None:

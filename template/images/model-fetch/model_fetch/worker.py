@@ -1,0 +1,160 @@
+"""One connection that fetches one chunk after another."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import random
+import time
+from typing import Protocol
+
+from . import answers
+from .answers import Again, Wrong
+from .failures import DeniedError, UnreachableError
+from .follow import PIECE
+from .job import Work
+from .settings import Settings
+from .sources import HttpSource
+from .stop import Stop
+from .transport import ConnectionFailed, Request, Wire, describe
+
+MAX_BACKOFF = 20.0  # seconds between two tries
+MAX_RETRY_AFTER = 120.0  # seconds that a server may ask for
+MAX_REFUSALS = 3  # of fresh credentials in a row
+SLOWEST = 1024  # bytes per second, below which a connection counts as stuck
+
+
+class Stale(Exception):
+    """The file was begun anew meanwhile, so this work is nobody's any more."""
+
+
+class Cut(Again):
+    """A body ended early."""
+
+    def __init__(self, reason: str, position: int) -> None:
+        """position: behind the last byte that is in the file."""
+        super().__init__(reason)
+        self.position = position
+
+
+class Observer(Protocol):
+    """Who is told what a worker does."""
+
+    def received(self, count: int) -> None:
+        """So many bytes came in and are in the file."""
+
+    def answered(self, work: Work, validator: str | None) -> None:
+        """A good answer began. Raises Wrong when it is not of the version that was begun."""
+
+    def done(self, work: Work, index: int) -> None:
+        """The chunk of this index is in the file."""
+
+    def whole_again(self, work: Work) -> Work:
+        """A stream without ranges was cut: the work that begins it anew."""
+
+
+class Worker:
+    """Fetches what it is given over its own connection."""
+
+    def __init__(
+        self, source: HttpSource, settings: Settings, stop: Stop, observer: Observer
+    ) -> None:
+        self.wire = Wire(source.context, settings.timeout)
+        self._source, self._settings, self._stop = source, settings, stop
+        self._observer = observer
+        self._buffer = memoryview(bytearray(PIECE))
+
+    def fetch(self, work: Work) -> None:
+        """Brings a chunk into the file, with as many requests as it takes.
+
+        Raises: NoRanges, Wrong, Stale, TemplateErrors, OSError, and what `stop` was set with.
+        """
+        position = work.chunk.start
+        failures = refusals = 0
+        while True:
+            self._check(work)
+            request = self._source.request(work.job.file)
+            try:
+                self._receive(request, work, position)
+                return
+            except DeniedError:
+                refusals += 1
+                if refusals == MAX_REFUSALS or not self._source.refused(work.job.file, request):
+                    raise
+            except (Again, ConnectionFailed) as error:
+                reached = error.position if isinstance(error, Cut) else position
+                progress = reached > position and not work.job.whole
+                failures = 1 if progress else failures + 1
+                refusals = 0
+                self._pause(work, failures, error)
+                position = reached
+                if work.job.whole and reached:
+                    work, position = self._observer.whole_again(work), 0
+
+    def _receive(self, request: Request, work: Work, position: int) -> None:
+        """One request for the rest of a chunk."""
+        job, end = work.job, work.chunk.end
+        everything = position == 0 and end == job.file.size
+        if not everything:
+            request = request.with_headers(
+                **{"Range": f"bytes={position}-{end - 1}", **answers.if_range(job.validator)}
+            )
+        response = self.wire.send(request)
+        try:
+            answers.check_status(response, job.file, self._source.name)
+            if not everything:
+                answers.check_range(response, position, end, job.file.size)
+            self._observer.answered(work, answers.validator(response))
+            answers.check_length(response, end - position)
+            self._copy(response, work, position)
+            if everything and response.length is None and response.read(1):
+                raise Wrong(f"the store sends more than {end:,} bytes")
+        finally:
+            self.wire.finish(response)
+
+    def _copy(self, response: http.client.HTTPResponse, work: Work, position: int) -> None:
+        """Writes a body to the file, and hands it to the digest."""
+        end, plan = work.chunk.end, work.job.plan
+        since, count_since = time.monotonic(), 0
+        while position < end:
+            try:
+                count = response.readinto(self._buffer[: min(PIECE, end - position)])
+            except (OSError, http.client.HTTPException) as error:
+                raise Cut(describe(error), position) from None
+            if not count:
+                raise Cut("the connection was cut", position)
+            self._check(work)
+            _write(work.fd, self._buffer[:count], position)
+            self._buffer = work.follower.hand_over(position, self._buffer, count)
+            self._observer.received(count)
+            before, position = position, position + count
+            for index in plan.ends_within(before, position):
+                self._observer.done(work, index)
+            count_since += count
+            elapsed = time.monotonic() - since
+            if elapsed > self._settings.timeout:
+                if count_since < SLOWEST * elapsed:
+                    raise Cut("next to nothing arrives", position)
+                since, count_since = time.monotonic(), 0
+
+    def _check(self, work: Work) -> None:
+        self._stop.check()
+        if work.job.generation != work.generation:
+            raise Stale
+
+    def _pause(self, work: Work, failures: int, reason: Exception) -> None:
+        """Waits before the next try; raises UnreachableError when there was one too many."""
+        if failures > self._settings.retries:
+            raise UnreachableError(
+                f"{work.job.file.path} could not be fetched, {failures} tries in a row: {reason}"
+            )
+        after = getattr(reason, "after", None)
+        if after is None:
+            after = min(0.1 * 2**failures, MAX_BACKOFF) * random.uniform(0.5, 1.0)
+        self._stop.sleep(min(after, MAX_RETRY_AFTER))
+
+
+def _write(fd: int, data: memoryview, position: int) -> None:
+    written = 0
+    while written < len(data):
+        written += os.pwrite(fd, data[written:], position + written)
