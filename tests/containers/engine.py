@@ -1,21 +1,23 @@
 """A real container engine for tests: a Docker daemon of the test run's own, and a Debian to build from.
 
-    from tests.containers.engine import Engine, engine  # noqa: F401 (the fixture)
+    pytest_plugins = ["tests.containers.engine"]  # the fixture `engine`
 
-Downloads and layers are kept in $XDG_CACHE_HOME/tkt-tests between runs. The engine has no network but the machine's
-own: build and run with `--network=host`, or with none.
+Downloads and layers are kept in $XDG_CACHE_HOME/tkt-tests between runs. The engine has no network but
+the machine's own: build and run with `--network=host`, or with none.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -31,7 +33,7 @@ class Engine:
     """DOCKER_HOST of it."""
 
     def docker(
-        self, *arguments: str | Path, check: bool = True
+        self, *arguments: str | Path, stdin: str | None = None, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
         """Run `docker`; its output is captured, errors with the rest."""
         # The classic builder is the least that a Dockerfile can meet.
@@ -39,6 +41,7 @@ class Engine:
         done = subprocess.run(
             ["docker", *map(str, arguments)],
             env=environment,
+            input=stdin,
             text=True,
             errors="replace",
             stdout=subprocess.PIPE,
@@ -46,6 +49,7 @@ class Engine:
         )
         if check and done.returncode:
             raise AssertionError(f"docker {' '.join(map(str, arguments))}\n{done.stdout[-4000:]}")
+        done.stdout = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
         return done
 
     def has(self, image: str) -> bool:
@@ -87,7 +91,7 @@ def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 @pytest.fixture(scope="session")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def engine() -> Iterator[Engine]:
     """A Docker daemon of this test run's own, stopped at its end."""
     for program in ("docker", "dockerd", "debootstrap"):
         if not shutil.which(program):
@@ -99,21 +103,18 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
         state = CACHE / f"engine-{number}"
         with _locked(CACHE / f"engine-{number}.lock", wait=False) as free:
             if free:
-                yield from _running(tmp_path_factory.mktemp("engine"), state)
+                yield from _running(state)
                 return
     pytest.fail(f"all engines in {CACHE} are in use")
 
 
-def _running(run: Path, state: Path) -> Iterator[Engine]:
-    script = str(HERE / "ensure_engine.sh")
-    try:
-        # Only the first line is read: the daemon keeps the script's output open.
-        with subprocess.Popen(
-            [script, "start", run, state], stdout=subprocess.PIPE, text=True
-        ) as started:
-            assert started.stdout is not None
-            host = started.stdout.readline().strip()
-        assert started.returncode == 0, (run / "dockerd.log").read_text()[-2000:]
-        yield Engine(host)
-    finally:
-        subprocess.run([script, "stop", run, state], check=True)
+def _running(state: Path) -> Iterator[Engine]:
+    script = HERE / "ensure_engine.sh"
+    # Not pytest's own folder: a socket's path must be shorter than 108 characters.
+    with TemporaryDirectory(prefix="engine-") as run:
+        try:
+            started = subprocess.run([script, "start", run, state], text=True, capture_output=True)
+            assert started.returncode == 0, started.stderr
+            yield Engine(started.stdout.strip())
+        finally:
+            subprocess.run([script, "stop", run, state], check=True)

@@ -34,6 +34,8 @@ stop)
         pid=$(cat "$run/docker.pid")
         kill "$pid"
         while kill -0 "$pid" 2>/dev/null; do sleep 0.1; done
+        # The daemon leaves its network namespaces mounted.
+        umount "$run"/exec/netns/* 2>/dev/null || true
     fi
     ;;
 *)

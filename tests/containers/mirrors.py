@@ -1,0 +1,352 @@
+"""A company's mirrors on loopback, and behind them a small project that stands in for TEI.
+
+The project has what makes TEI's build hard to redirect: a crate from the index, a crate from a git
+repository on GitHub, and in that a submodule on GitHub. It links OpenSSL and, for a GPU, CUDA.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import tarfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+_TEI_MANIFEST = """\
+[package]
+name = "text-embeddings-router"
+version = "1.9.3"
+edition = "2021"
+
+[features]
+http = []
+candle = []
+candle-cuda = ["kernels/cuda"]
+candle-cuda-turing = ["kernels/cuda"]
+dynamic-linking = []
+static-linking = []
+
+[dependencies]
+small = "0.1"
+kernels = { git = "https://github.com/huggingface/candle", rev = "%s" }
+
+[workspace]
+"""
+
+_TEI_MAIN = """\
+use std::os::raw::{c_int, c_void};
+
+#[link(name = "ssl")]
+extern "C" {
+    fn TLS_method() -> *const c_void;
+}
+extern "C" {
+    fn signal(number: c_int, handler: extern "C" fn(c_int)) -> *const c_void;
+    fn pause() -> c_int;
+}
+
+extern "C" fn stop(number: c_int) {
+    println!("stopped by signal {number}");
+    std::process::exit(0);
+}
+
+fn main() {
+    let tls = unsafe { !TLS_method().is_null() };
+    println!("git_sha={}", option_env!("GIT_SHA").unwrap_or("none"));
+    println!("docker_label={}", option_env!("DOCKER_LABEL").unwrap_or("none"));
+    println!("kernels={} small={} tls={tls}", kernels::built(), small::answer());
+    println!("port={}", std::env::var("PORT").unwrap_or_default());
+    println!("arguments={:?}", std::env::args().skip(1).collect::<Vec<_>>());
+    println!("pid={}", std::process::id());
+    unsafe {
+        signal(15, stop);
+        pause();
+    }
+}
+"""
+
+_KERNELS_BUILD = """\
+use std::process::Command;
+
+fn main() {
+    let cutlass = std::fs::read_to_string("cutlass/cutlass.h").expect("cutlass is not there");
+    let mut built = format!("with {}", cutlass.trim());
+    if std::env::var("CARGO_FEATURE_CUDA").is_ok() {
+        let cap: usize = std::env::var("CUDA_COMPUTE_CAP").unwrap().parse().expect("Could not parse code");
+        let nvcc = Command::new("nvcc").arg(format!("--gpu-architecture=sm_{cap}")).output().unwrap();
+        built += &format!(" by {}", String::from_utf8(nvcc.stdout).unwrap().trim());
+        built += &format!(" ({} at a time)", std::env::var("RAYON_NUM_THREADS").unwrap());
+        println!("cargo:rustc-link-search=native=/usr/local/cuda/lib64");
+        println!("cargo:rustc-link-lib=dylib=cudart");
+        println!("cargo:rustc-link-lib=dylib=cuda");
+    }
+    println!("cargo:rustc-env=BUILT={built}");
+}
+"""
+
+_KERNELS_LIB = """\
+#[cfg(feature = "cuda")]
+extern "C" {
+    fn cudaRuntimeGetVersion(version: *mut i32) -> i32;
+    fn cuDriverGetVersion(version: *mut i32) -> i32;
+}
+
+pub fn built() -> &'static str {
+    #[cfg(feature = "cuda")]
+    unsafe {
+        let mut version = 0;
+        cudaRuntimeGetVersion(&mut version);
+        cuDriverGetVersion(&mut version);
+    }
+    env!("BUILT")
+}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Mirrors:
+    """Where the mirrors are, and what they serve."""
+
+    git: str
+    """Takes the place of https://github.com."""
+
+    crates: str
+    """Index of crates, in cargo's notation."""
+
+    apt: str
+    """Takes the place of the hosts in APT's sources; knows one release without packages."""
+
+    tei_ref: str
+    """The commit of the stand-in for TEI."""
+
+    moved_tei: str
+    """Path below `git` of a repository that has another commit of it."""
+
+    rust: str
+    """Version of Rust in the stand-in's rust-toolchain.toml."""
+
+
+def _write(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def _git(*arguments: str, into: Path, environment: dict[str, str]) -> str:
+    done = subprocess.run(
+        ["git", *arguments], cwd=into, env=environment, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def _commit(folder: Path, environment: dict[str, str]) -> str:
+    _git("add", "--all", ".", into=folder, environment=environment)
+    _git("commit", "--quiet", "--message", "content", into=folder, environment=environment)
+    return _git("rev-parse", "HEAD", into=folder, environment=environment)
+
+
+def _crate(folder: Path, url: str) -> None:
+    """One crate in a sparse index (the Cargo book, "Index format")."""
+    manifest = '[package]\nname = "small"\nversion = "0.1.0"\nedition = "2021"\n'
+    files = {"Cargo.toml": manifest, "src/lib.rs": "pub fn answer() -> u32 { 42 }\n"}
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        for name, text in files.items():
+            entry = tarfile.TarInfo(f"small-0.1.0/{name}")
+            entry.size = len(text)
+            tar.addfile(entry, io.BytesIO(text.encode()))
+    checksum = hashlib.sha256(packed.getvalue()).hexdigest()
+    row = {
+        "name": "small",
+        "vers": "0.1.0",
+        "deps": [],
+        "cksum": checksum,
+        "features": {},
+        "yanked": False,
+    }
+    _write(
+        folder,
+        {
+            "index/config.json": json.dumps({"dl": f"{url}/crates"}),
+            "index/sm/al/small": json.dumps(row) + "\n",
+        },
+    )
+    download = folder / "crates/small/0.1.0/download"
+    download.parent.mkdir(parents=True)
+    download.write_bytes(packed.getvalue())
+
+
+def _apt(folder: Path) -> None:
+    """Debian's release without a single package; APT takes it where the source says trusted=yes."""
+    packages = "main/binary-amd64/Packages.gz", "main/binary-arm64/Packages.gz"
+    empty = gzip.compress(b"", mtime=0)
+    lines = [f" {hashlib.sha256(empty).hexdigest()} {len(empty)} {name}" for name in packages]
+    release = folder / "debian/dists/bookworm"
+    _write(
+        release,
+        {
+            "Release": "Suite: bookworm\nCodename: bookworm\nComponents: main\nArchitectures: amd64 arm64\n"
+            "Date: Sat, 01 Jan 2000 00:00:00 UTC\nSHA256:\n" + "\n".join(lines) + "\n"
+        },
+    )
+    for name in packages:
+        (release / name).parent.mkdir(parents=True, exist_ok=True)
+        (release / name).write_bytes(empty)
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def _http(folder: Path) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(folder)))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@contextmanager
+def _git_daemon(folder: Path) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    daemon = subprocess.Popen(
+        [
+            "git",
+            "daemon",
+            "--export-all",
+            "--listen=127.0.0.1",
+            f"--port={port}",
+            f"--base-path={folder}",
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        for _ in range(200):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert daemon.poll() is None, "git daemon did not start"
+            time.sleep(0.05)
+        yield f"git://127.0.0.1:{port}"
+    finally:
+        daemon.terminate()
+        daemon.wait()
+
+
+def rust_toolchain() -> Path:
+    """Folder of this machine's own Rust: rustup's proxies would look at rust-toolchain.toml first."""
+    if not shutil.which("cargo"):
+        pytest.skip("cargo is not installed: nothing can stand in for Rust's image")
+    done = subprocess.run(
+        ["rustc", "--print", "sysroot"], text=True, capture_output=True, check=True
+    )
+    return Path(done.stdout.strip())
+
+
+@contextmanager
+def mirrors(folder: Path) -> Iterator[Mirrors]:
+    """Serve all of it from `folder` until the context ends."""
+    toolchain = rust_toolchain()
+    git, http = folder / "git", folder / "http"
+    git.mkdir(parents=True)
+    version = subprocess.run(
+        [toolchain / "bin/rustc", "--version"], text=True, capture_output=True, check=True
+    )
+    rust = version.stdout.split()[1]
+    with _http(http) as http_url, _git_daemon(git) as git_url:
+        settings = folder / "gitconfig"
+        settings.write_text(
+            f'[url "{git_url}/"]\n\tinsteadOf = https://github.com/\n'
+            "[user]\n\tname = Test\n\temail = test@example.com\n"
+            "[init]\n\tdefaultBranch = main\n[protocol]\n\tallow = always\n"
+        )
+        environment = os.environ | {
+            "GIT_CONFIG_GLOBAL": str(settings),
+            "GIT_CONFIG_NOSYSTEM": "1",
+            # The same commits in every run: a layer that was built once need not be built again.
+            "GIT_AUTHOR_DATE": "2000-01-01T00:00:00Z",
+            "GIT_COMMITTER_DATE": "2000-01-01T00:00:00Z",
+        }
+
+        def repository(name: str, files: dict[str, str]) -> Path:
+            path = git / name
+            path.mkdir(parents=True)
+            _git("init", "--quiet", ".", into=path, environment=environment)
+            _write(path, files)
+            return path
+
+        _crate(http, http_url)
+        _apt(http / "apt")
+        _commit(repository("NVIDIA/cutlass", {"cutlass.h": "cutlass\n"}), environment)
+        kernels = repository(
+            "huggingface/candle",
+            {
+                "Cargo.toml": '[package]\nname = "kernels"\nversion = "0.8.4"\nedition = "2021"\n'
+                "[features]\ncuda = []\n",
+                "build.rs": _KERNELS_BUILD,
+                "src/lib.rs": _KERNELS_LIB,
+            },
+        )
+        _git(
+            *("submodule", "--quiet", "add", "https://github.com/NVIDIA/cutlass", "cutlass"),
+            into=kernels,
+            environment=environment,
+        )
+        revision = _commit(kernels, environment)
+        tei_files = {
+            "Cargo.toml": _TEI_MANIFEST % revision,
+            "src/main.rs": _TEI_MAIN,
+            "rust-toolchain.toml": f'[toolchain]\nchannel = "{rust}"\ncomponents = ["rustfmt", "clippy"]\n',
+            ".cargo/config.toml": '[build]\nrustflags = ["-C", "target-cpu=no-such-cpu"]\n',
+        }
+        tei = repository("huggingface/text-embeddings-inference", tei_files)
+        home = folder / "cargo"
+        _write(
+            home,
+            {
+                "config.toml": '[source.crates-io]\nreplace-with = "mirror"\n'
+                f'[source.mirror]\nregistry = "sparse+{http_url}/index/"\n'
+            },
+        )
+        subprocess.run(
+            [toolchain / "bin/cargo", "generate-lockfile", "--quiet"],
+            cwd=tei,
+            env=environment | {"CARGO_HOME": str(home), "CARGO_NET_GIT_FETCH_WITH_CLI": "true"},
+            check=True,
+        )
+        moved = repository(
+            "moved/text-embeddings-inference", tei_files | {"README.md": "another\n"}
+        )
+        _commit(moved, environment)
+        yield Mirrors(
+            git=git_url,
+            crates=f"sparse+{http_url}/index/",
+            apt=f"{http_url}/apt",
+            tei_ref=_commit(tei, environment),
+            moved_tei="moved/text-embeddings-inference",
+            rust=rust,
+        )

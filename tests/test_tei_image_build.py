@@ -1,0 +1,313 @@
+"""The TEI image, built by a real builder: every stage, from mirrors on loopback, and then run.
+
+The base images cannot be had everywhere, so a Debian made on the spot stands in for them, with this
+machine's Rust and a CUDA that only tells how it was called. TEI is a small project of the same shape.
+What is real: the Dockerfile, the builder, git, cargo, APT, the linker, and the container in the end.
+
+The first run takes two minutes, most of it for Debian; what it made is kept for the next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.containers.mirrors import Mirrors, mirrors, rust_toolchain
+
+if TYPE_CHECKING:
+    from tests.containers.engine import Engine
+    from tests.containers.renders import RenderTei
+
+pytest_plugins = ["tests.containers.engine", "tests.containers.renders"]
+
+STANDIN = Path(__file__).parent / "containers/standin"
+PACKAGES = "ca-certificates,gcc,git,libc6-dev,libssl-dev,openssl,pkg-config"
+ARCHITECTURE = {"x86_64": "amd64", "aarch64": "arm64"}[platform.machine()]
+
+RUNTIME = """\
+FROM {debian}
+RUN echo 'deb [trusted=yes] http://deb.debian.org/debian bookworm main' > /etc/apt/sources.list
+"""
+
+CUDA = """\
+FROM {runtime}
+COPY nvcc /usr/local/bin/nvcc
+COPY nvcc /usr/local/bin/nvprune
+COPY libcuda.c /tmp/libcuda.c
+WORKDIR /usr/local/cuda/lib64
+RUN mkdir stubs \\
+ && gcc -shared -fPIC -Wl,-soname,libcuda.so.1 -o stubs/libcuda.so /tmp/libcuda.c \\
+ && echo 'int cudaRuntimeGetVersion(int *v) {{ *v = 12090; return 0; }}' > /tmp/cudart.c \\
+ && gcc -shared -fPIC -Wl,-soname,libcudart.so.12 -o libcudart.so.12.9 /tmp/cudart.c \\
+ && ln -s libcudart.so.12.9 libcudart.so.12 && ln -s libcudart.so.12 libcudart.so
+ENV LIBRARY_PATH=/usr/local/cuda/lib64/stubs
+"""
+
+WITHOUT_OPENSSL = """\
+FROM {runtime}
+RUN rm /usr/lib/*/libssl.so.3
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Bases:
+    """Names of the images that stand in for the base images."""
+
+    runtime: str
+    rust: str
+    cuda: str
+    without_openssl: str
+
+
+def _image(engine: Engine, role: str, dockerfile: str) -> str:
+    """Build an image whose name tells what it is made of, unless an earlier run did."""
+    content = dockerfile + "".join(path.read_text() for path in sorted(STANDIN.iterdir()))
+    name = f"standin/{role}:{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+    if not engine.has(name):
+        engine.docker("build", "--network=host", "-t", name, "-f", "-", STANDIN, stdin=dockerfile)
+    return name
+
+
+def _rust_image(engine: Engine, runtime: str, folder: Path) -> str:
+    """This machine's Rust, where the official image has its own."""
+    toolchain = rust_toolchain()
+    name = f"standin/rust:{toolchain.name}-{runtime.split(':')[1]}".lower()
+    if not engine.has(name):
+        tar = folder / "rust.tar"
+        parts = ["bin/cargo", "bin/rustc", "lib"]
+        subprocess.run(
+            ["tar", "-cf", tar, "-C", toolchain, "--transform=s,^,usr/local/cargo/,", *parts],
+            check=True,
+        )
+        chef = "--transform=s,^,usr/local/cargo/bin/,"
+        subprocess.run(["tar", "-rf", tar, "-C", STANDIN, chef, "cargo-chef"], check=True)
+        (folder / "context").mkdir()
+        tar.rename(folder / "context/rust.tar")
+        dockerfile = (
+            f"FROM {runtime}\nADD rust.tar /\nRUN mkdir /usr/local/rustup\n"
+            "ENV CARGO_HOME=/usr/local/cargo PATH=/usr/local/cargo/bin:$PATH\n"
+        )
+        engine.docker("build", "-t", name, "-f", "-", folder / "context", stdin=dockerfile)
+    return name
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mirrors]:
+    with mirrors(tmp_path_factory.mktemp("mirrors")) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def bases(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Bases:
+    runtime = _image(engine, "runtime", RUNTIME.format(debian=engine.debian(PACKAGES)))
+    return Bases(
+        runtime=runtime,
+        rust=_rust_image(engine, runtime, tmp_path_factory.mktemp("rust")),
+        cuda=_image(engine, "cuda", CUDA.format(runtime=runtime)),
+        without_openssl=_image(engine, "without-openssl", WITHOUT_OPENSSL.format(runtime=runtime)),
+    )
+
+
+def _arguments(bases: Bases, served: Mirrors, **changes: str) -> list[str]:
+    """The build arguments that send every download to a mirror."""
+    arguments = {
+        "RUST_IMAGE": bases.rust,
+        "BUILD_IMAGE": bases.cuda,
+        "RUNTIME_IMAGE": bases.runtime,
+        "IMAGE_ARCHITECTURE": ARCHITECTURE,
+        "GIT_BASE_URL": served.git,
+        "CRATES_INDEX": served.crates,
+        "APT_MIRROR": served.apt,
+        "TEI_REF": served.tei_ref,
+        "RUST_VERSION": served.rust,
+        "RAYON_NUM_THREADS": "3",
+    } | changes
+    return [
+        word for name, value in arguments.items() for word in ("--build-arg", f"{name}={value}")
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """An image, and what was printed while it was built."""
+
+    accelerator: str
+    name: str
+    log: str
+
+
+@pytest.fixture(scope="module", params=["cpu", "gb10"])
+def built(
+    request: pytest.FixtureRequest,
+    engine: Engine,
+    render_tei: RenderTei,
+    bases: Bases,
+    served: Mirrors,
+) -> Iterator[Built]:
+    name = f"tei-under-test:{request.param}"
+    folder = render_tei(request.param) / "images/tei"
+    done = engine.docker("build", "--network=host", "-t", name, *_arguments(bases, served), folder)
+    yield Built(request.param, name, done.stdout)
+    engine.docker("image", "rm", "--force", name)
+
+
+@contextmanager
+def _running(engine: Engine, image: str, *options: str) -> Iterator[tuple[str, list[str]]]:
+    """Start TEI as confined as a pod would be; yields the container and the lines it has printed."""
+    container = engine.docker(
+        *("run", "--detach", "--network=none", "--read-only", "--cap-drop=ALL"),
+        *("--security-opt=no-new-privileges", *options, image, "--model-id", "/model/current"),
+    ).stdout.strip()
+    try:
+        for _ in range(200):
+            log = engine.docker("logs", container).stdout
+            if "pid=" in log:
+                break
+            time.sleep(0.05)
+        yield container, log.splitlines()
+    finally:
+        engine.docker("rm", "--force", container)
+
+
+@pytest.fixture(scope="module")
+def gpu(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The option that puts a driver into the container, where GKE puts its own."""
+    folder = tmp_path_factory.mktemp("driver")
+    folder.chmod(0o755)
+    library = folder / "libcuda.so.1"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, STANDIN / "libcuda.c"], check=True)
+    return f"--volume={folder}:/usr/local/nvidia/lib64:ro"
+
+
+def test_the_image_says_what_it_is(engine: Engine, built: Built, served: Mirrors) -> None:
+    config = json.loads(engine.docker("image", "inspect", built.name).stdout)[0]["Config"]
+    environment = dict(entry.split("=", 1) for entry in config["Env"])
+    guard = [] if built.accelerator == "cpu" else ["require-gpu"]
+
+    assert config["User"] == "10001:10001"
+    assert config["Entrypoint"] == [*guard, "text-embeddings-router"]
+    assert config["Cmd"] == ["--json-output"]
+    assert list(config["ExposedPorts"]) == ["8355/tcp"]
+    assert environment["PORT"] == "8355"
+    assert config["Labels"]["org.opencontainers.image.revision"] == served.tei_ref
+    assert config["Labels"]["tei.accelerator"] == built.accelerator
+    if built.accelerator == "gb10":
+        assert config["Labels"]["tei.cuda.version"] == "12.9.1"
+        assert config["Labels"]["tei.cuda.architecture"] == "sm_121a"
+
+
+def test_tei_runs_unprivileged_and_gets_the_signal(
+    engine: Engine, built: Built, served: Mirrors, gpu: str
+) -> None:
+    options = [] if built.accelerator == "cpu" else [gpu]
+    with _running(engine, built.name, *options) as (container, lines):
+        assert f"git_sha={served.tei_ref}" in lines
+        assert f"docker_label={built.accelerator}" in lines
+        assert "port=8355" in lines
+        assert 'arguments=["--model-id", "/model/current"]' in lines
+        assert "pid=1" in lines
+
+        engine.docker("stop", "--time=20", container)
+        assert engine.docker("wait", container).stdout.strip() == "0"
+        assert engine.docker("logs", container).stdout.splitlines()[-1] == "stopped by signal 15"
+
+
+def test_nvcc_is_told_the_architecture_once_for_both_builds(
+    engine: Engine, built: Built, gpu: str
+) -> None:
+    if built.accelerator == "cpu":
+        pytest.skip("a CPU image has no kernels")
+    with _running(engine, built.name, gpu) as (_, lines):
+        # What the dependency stage compiled; the program stage takes it as it is.
+        nvcc = "nvcc --gpu-architecture=sm_121 --gpu-architecture=sm_121a (3 at a time)"
+        assert f"kernels=with cutlass by {nvcc} small=42 tls=true" in lines
+    assert built.log.count("Compiling kernels v0.8.4") == 1
+    pruned = "nvprune --generate-code code=sm_120 --generate-code code=sm_121 "
+    assert f"{pruned}/usr/local/cuda/lib64/libcublas_static.a" in built.log
+
+
+def test_without_a_gpu_the_container_stops_with_one_line(engine: Engine, built: Built) -> None:
+    if built.accelerator == "cpu":
+        pytest.skip("a CPU image has no guard")
+    done = engine.docker("run", "--rm", "--network=none", "--read-only", built.name, check=False)
+
+    assert done.returncode == 1
+    assert done.stdout.startswith("require-gpu: no GPU in this container, not even a driver")
+    assert done.stdout.count("\n") == 1
+
+
+def _refused(
+    engine: Engine,
+    render_tei: RenderTei,
+    bases: Bases,
+    served: Mirrors,
+    **changes: str,
+) -> str:
+    """The log of a build of the CPU image that must fail."""
+    folder = render_tei("cpu") / "images/tei"
+    arguments = _arguments(bases, served, **changes)
+    done = engine.docker("build", "--network=host", *arguments, folder, check=False)
+    assert done.returncode != 0, done.stdout[-2000:]
+    return done.stdout
+
+
+def test_a_mirror_with_another_commit_stops_the_build(
+    engine: Engine,
+    render_tei: RenderTei,
+    bases: Bases,
+    served: Mirrors,
+) -> None:
+    log = _refused(
+        engine, render_tei, bases, served, TEI_GIT_URL=f"{served.git}/{served.moved_tei}"
+    )
+
+    moved = subprocess.run(
+        ["git", "ls-remote", f"{served.git}/{served.moved_tei}", "HEAD"],
+        text=True,
+        capture_output=True,
+        check=True,
+    ).stdout.split()[0]
+    assert f"serves TEI {moved}, not {served.tei_ref}: update the mirror or set TEI_REF." in log
+
+
+def test_another_rust_than_tei_wants_stops_the_build(
+    engine: Engine,
+    render_tei: RenderTei,
+    bases: Bases,
+    served: Mirrors,
+) -> None:
+    log = _refused(engine, render_tei, bases, served, RUST_VERSION="1.0.0")
+
+    assert f'wants Rust "{served.rust}", not 1.0.0: set RUST_VERSION and RUST_IMAGE.' in log
+
+
+def test_a_machine_of_another_architecture_stops_the_build(
+    engine: Engine,
+    render_tei: RenderTei,
+    bases: Bases,
+    served: Mirrors,
+) -> None:
+    log = _refused(engine, render_tei, bases, served, IMAGE_ARCHITECTURE="riscv64")
+
+    assert f"This image is for riscv64, the builder is {ARCHITECTURE}" in log
+
+
+def test_a_missing_library_stops_the_build(
+    engine: Engine,
+    render_tei: RenderTei,
+    bases: Bases,
+    served: Mirrors,
+) -> None:
+    log = _refused(engine, render_tei, bases, served, RUNTIME_IMAGE=bases.without_openssl)
+
+    assert "TEI needs libssl.so.3, which the image lacks." in log
