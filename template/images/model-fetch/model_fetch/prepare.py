@@ -6,13 +6,27 @@ here leaves no folder that looks complete.
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from . import compatibility, jina, tensors
+from .errors import ConfigurationError, UnsuitableModelError
 from .pin import Pin
 
 REVISION = 1
 """Raise it when the rules below change: folders that were prepared by older rules are made anew."""
+
+LONGEST_CONFIG = 1 << 20
+"""Bytes of the longest JSON file that is read: a tokenizer.json has many megabytes and no rule."""
+
+CONVERSION_RECORD = "conversion.json"
+"""What a conversion did, beside the converted model. TEI does not read it."""
+
+_CONVERTED = ".converted"
 
 
 def prepare(folder: Path, pin: Pin) -> list[str]:
@@ -24,7 +38,47 @@ def prepare(folder: Path, pin: Pin) -> list[str]:
     Returns: one sentence per change, for the log and the marker; empty when nothing had to be done.
     Raises: UnsuitableModelError when the model cannot be made loadable.
     """
-    return []
+    shutil.rmtree(folder / _CONVERTED, ignore_errors=True)  # of a run that was cut
+    conversion = _conversion(pin)
+    task = conversion["task"] if conversion else None
+    files = read(folder)
+    findings = compatibility.check(files, task=task, pooling=pin.facts.pooling)
+    if problem := compatibility.refusal(findings):
+        raise UnsuitableModelError(problem)
+    if conversion:
+        return _convert(folder, conversion)
+    if any(path.name.endswith(".safetensors") for path in folder.iterdir()):
+        tensors.read_headers(folder)
+    changed: dict[str, object] = {}
+    for finding in findings:
+        changed |= finding.changes
+    for path, content in changed.items():
+        if content is None:
+            (folder / path).unlink()
+        else:
+            (folder / path).parent.mkdir(exist_ok=True)
+            replace(folder / path, (json.dumps(content, indent=2) + "\n").encode())
+    return [f.message for f in findings if f.outcome == compatibility.FIXED]
+
+
+def read(folder: Path) -> dict[str, object]:
+    """What the rules look at: the small JSON files parsed, the others by name alone.
+
+    Raises: UnsuitableModelError when a JSON file is damaged.
+    """
+    files: dict[str, object] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            continue
+        name = path.relative_to(folder).as_posix()
+        read_it = path.suffix == ".json" and path.stat().st_size <= LONGEST_CONFIG
+        try:
+            files[name] = json.loads(path.read_text(encoding="utf-8")) if read_it else None
+        except (ValueError, RecursionError):
+            raise UnsuitableModelError(
+                f"{name} is not JSON: the registered copy is damaged, register it again."
+            ) from None
+    return files
 
 
 def replace(path: Path, content: bytes) -> None:
@@ -35,3 +89,44 @@ def replace(path: Path, content: bytes) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(fresh, path)
+
+
+def _conversion(pin: Pin) -> Mapping[str, Any] | None:
+    """The conversion that the pin asks for, as {kind, task}."""
+    conversion = getattr(pin, "conversion", None)
+    if conversion is None:
+        return None
+    if (
+        not isinstance(conversion, Mapping)
+        or conversion.get("kind") != jina.KIND
+        or not isinstance(conversion.get("task"), str)
+    ):
+        raise ConfigurationError(
+            f"pin.conversion must be {{kind: {jina.KIND}, task: …}}: resolve the pin again."
+        )
+    return conversion
+
+
+def _convert(folder: Path, conversion: Mapping[str, Any]) -> list[str]:
+    """Put the converted model in the place of the fetched one."""
+    converted = folder / _CONVERTED
+    try:
+        record = jina.convert(folder, conversion["task"], converted)
+    except BaseException:
+        shutil.rmtree(converted, ignore_errors=True)
+        raise
+    replace(converted / CONVERSION_RECORD, (json.dumps(record, indent=2) + "\n").encode())
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            if path != converted:
+                shutil.rmtree(path)
+        else:
+            path.unlink()
+    for path in converted.iterdir():
+        path.rename(folder / path.name)
+    converted.rmdir()
+    prompt = f', whose texts begin with "{record["prompt"]}"' if record["prompt"] else ""
+    return [
+        f"merged the adapter {record['task']}{prompt}, and wrote {record['tensors_written']} tensors"
+        f" ({record['dtype']}) for TEI's nomic_bert"
+    ]
