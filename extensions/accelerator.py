@@ -57,6 +57,9 @@ class Accelerator:
     cargo_features: tuple[str, ...]
     """Features that TEI's router is compiled with."""
 
+    build_memory_gib: int
+    """Memory that building the image takes, GiB."""
+
     cuda_version: str | None
     """CUDA toolkit of the build, as in `12.9.1`. None: no CUDA."""
 

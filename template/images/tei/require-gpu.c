@@ -6,7 +6,8 @@
  * what TEI will ask it (device 0, its compute capability), so it needs neither nvidia-smi nor a writable file, and
  * then becomes the program: the same process, which gets the signals.
  *
- * TEI_ALLOW_CPU=true skips the check.
+ * TEI_ALLOW_CPU=true skips the check. It helps where the driver is there and the GPU is not: without the driver's
+ * libcuda.so.1 TEI's CUDA build cannot be loaded at all.
  */
 #include <dlfcn.h>
 #include <stdarg.h>
@@ -32,7 +33,7 @@ static void stop(const char *format, ...)
 	va_start(arguments, format);
 	vfprintf(stderr, format, arguments);
 	va_end(arguments);
-	fputs(" (TEI_ALLOW_CPU=true serves from the CPU instead)\n", stderr);
+	fputs(".\n", stderr);
 	exit(1);
 }
 
@@ -57,7 +58,8 @@ static const char *meaning(int error)
 static void require(int error, const char *what)
 {
 	if (error != SUCCESS)
-		stop("the GPU cannot be used, %s failed: %s (CUDA error %d)", what, meaning(error), error);
+		stop("the GPU cannot be used, %s says: %s (CUDA error %d); TEI_ALLOW_CPU=true would serve from the CPU",
+		     what, meaning(error), error);
 }
 
 static void require_gpu(void)
@@ -69,8 +71,8 @@ static void require_gpu(void)
 
 	driver = dlopen("libcuda.so.1", RTLD_NOW);
 	if (!driver)
-		stop("no GPU in this container: libcuda.so.1 is not there; ask for nvidia.com/gpu, or for the "
-		     "runtime class or --gpus that brings the driver");
+		stop("no GPU in this container, not even a driver (libcuda.so.1): ask for nvidia.com/gpu, and where "
+		     "the driver still does not come, for the runtime class nvidia or docker's --gpus");
 	init = function("cuInit");
 	driver_version = function("cuDriverGetVersion");
 	device_count = function("cuDeviceGetCount");
