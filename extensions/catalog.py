@@ -46,7 +46,7 @@ def _model(model_id: str, row: Mapping[str, object]) -> CatalogModel:
     assert isinstance(prompts, dict)
     return CatalogModel(
         model_id=model_id,
-        facts=Facts(**facts, prompts={k: printable(v) for k, v in prompts.items()}),
+        facts=Facts(**facts, prompts={k: printable(v, kept="\n") for k, v in prompts.items()}),
         prompts_needed=bool(row["prompts_needed"]),
         source=str(row["source"]),
     )

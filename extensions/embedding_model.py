@@ -338,9 +338,9 @@ def _first(config: Mapping[str, Any], *names: str) -> int | None:
     return None
 
 
-def printable(text: object, longest: int = 500) -> str:
+def printable(text: object, longest: int = 500, kept: str = "") -> str:
     """Text from the registry without what could disturb a terminal or a file."""
-    return "".join(c if c.isprintable() else " " for c in str(text)[:longest])
+    return "".join(c if c.isprintable() or c in kept else " " for c in str(text)[:longest])
 
 
 def _facts(
@@ -378,7 +378,7 @@ def _facts(
         normalize=any("Normalize" in str(m.get("type")) for m in modules if isinstance(m, dict))
         if isinstance(modules, list)
         else None,
-        prompts={printable(k, 60): printable(v) for k, v in _mapping(prompts).items()},
+        prompts={printable(k, 60): printable(v, kept="\n") for k, v in _mapping(prompts).items()},
     )
 
 

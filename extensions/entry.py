@@ -156,6 +156,8 @@ class TextEmbeddings(Extension):
         environment.globals.update({name: _spoken(f) for name, f in functions.items()})
         environment.filters.update(
             yaml_text=texts.yaml_text,
+            yaml_name=texts.yaml_name,
+            markdown_code=texts.markdown_code,
             markdown_text=texts.markdown_text,
             shell_text=texts.shell_text,
             without_credentials=texts.without_credentials,

@@ -150,7 +150,9 @@ def _parsed_facts(mapping: object) -> Facts:
             raise ConfigurationError(f"pin.facts.{name} is not what it must be: resolve it again.")
     prompts = values.get("prompts") or {}
     if "architecture" not in values or not all(
-        isinstance(t, str) and t.isprintable() for item in prompts.items() for t in item
+        isinstance(text, str) and text.replace("\n", "").isprintable()
+        for item in prompts.items()
+        for text in item
     ):
         raise ConfigurationError("pin.facts is not complete: resolve the pin again.")
     return Facts(**(values | {"prompts": prompts}))

@@ -6,7 +6,9 @@ import json
 import re
 import shlex
 
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]()<>#+!|~$&-])")
+_YAML_WORDS = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})
+_MARKDOWN = re.compile(r"([\\`*_\[\]<>#!|~$&])")
+_LINE_START = re.compile(r"^(\s*)([-+=]|\d+[.)])")
 
 
 def yaml_text(text: object) -> str:
@@ -16,9 +18,25 @@ def yaml_text(text: object) -> str:
     return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in quoted)
 
 
+def yaml_name(name: object) -> str:
+    """A scalar, plain where every YAML reads it as text: `no` and `2024-01-01` are quoted."""
+    text = str(name)
+    plain = re.fullmatch(r"[A-Za-z][A-Za-z0-9./_-]*", text)
+    return text if plain and text.lower() not in _YAML_WORDS else yaml_text(text)
+
+
 def markdown_text(text: object) -> str:
-    """Inline Markdown that shows the text as it is."""
-    return _MARKDOWN.sub(r"\\\1", str(text))
+    """Inline Markdown that shows the text as it is, at the start of a line too."""
+    escaped = _MARKDOWN.sub(r"\\\1", str(text))
+    return _LINE_START.sub(lambda m: m[1] + m[2][:-1] + "\\" + m[2][-1], escaped)
+
+
+def markdown_code(text: object) -> str:
+    """A code span of a Markdown table that shows the text as a JSON string."""
+    quoted = yaml_text(text).replace("|", r"\|")
+    ticks = max((len(run) for run in re.findall("`+", quoted)), default=0)
+    fence = "`" * (ticks + 1)
+    return f"{fence} {quoted} {fence}" if ticks else f"{fence}{quoted}{fence}"
 
 
 def shell_text(text: object) -> str:
