@@ -205,7 +205,7 @@ class Plan:
     queue_target: int
     """Inputs waiting per pod, above which another pod is worth starting: one full batch."""
 
-    slo_seconds: float
+    slo_seconds: int
     """99 % of requests are answered within."""
 
     slow_base_seconds: float
@@ -443,7 +443,7 @@ def tei_resources(facts: Facts, gpu: Accelerator, memory: Memory, workers: int) 
     return Resources(
         cpu_request="2" if gpu.is_gpu else "4",
         cpu_limit="4",
-        memory_request_mib=_rounded_mib(needed if counted else needed),
+        memory_request_mib=_rounded_mib(needed),
         memory_limit_mib=_rounded_mib(limit),
         reason=f"{', '.join(parts)}; the limit is a quarter above that",
     )
@@ -497,13 +497,13 @@ def startup_seconds(facts: Facts, gpu: Accelerator, batch_tokens: int) -> int:
     return ceil(120 + reading + (warm_up if gpu.is_gpu else 0))
 
 
-def slo_seconds(facts: Facts, gpu: Accelerator, batch_tokens: int) -> float:
+def slo_seconds(facts: Facts, gpu: Accelerator, batch_tokens: int) -> int:
     """Objective for 99 % of requests: two full batches at the slowest sustained speed.
 
     Returns: seconds, 1 to 10; TEI's histogram ends at 14.6 s (router/src/prometheus.rs).
     """
     batches = 2 * 2 * _parameters(facts) * batch_tokens / _SUSTAINED_FLOPS[gpu.is_gpu]
-    return float(min(10, max(1, ceil(batches))))
+    return min(10, max(1, ceil(batches)))
 
 
 # Storage and images

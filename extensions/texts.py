@@ -15,7 +15,8 @@ def yaml_text(text: object) -> str:
     """A double-quoted scalar, which YAML and JSON read alike."""
     quoted = json.dumps(str(text), ensure_ascii=False)
     # YAML allows fewer characters than JSON (YAML 1.2, 5.1); those that it lacks are escaped.
-    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in quoted)
+    escapes = {c: f"\\u{ord(c):04x}" if ord(c) < 1 << 16 else f"\\U{ord(c):08x}" for c in quoted}
+    return "".join(c if c.isprintable() else escapes[c] for c in quoted)
 
 
 def yaml_name(name: object) -> str:
