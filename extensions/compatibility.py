@@ -126,7 +126,7 @@ class Model:
     """The adapter that jina-embeddings-v3 is converted with; None when no conversion was asked for."""
 
     pooling: str | None = None
-    """cls, mean or last-token, where it is known from elsewhere than the folder."""
+    """What TEI is told as --pooling; None when nobody tells it."""
 
     def json(self, path: str) -> Mapping[str, Any]:
         """A JSON object of the folder; empty when there is none."""
@@ -198,8 +198,8 @@ def check(
         files: what is in the folder; see Files.
         hardware: what TEI runs on; None leaves the rules about hardware out.
         task: the adapter of jina-embeddings-v3's conversion, when one is asked for.
-        pooling: cls, mean or last-token, where it is known from elsewhere (the pin), as TEI's
-            --pooling has it.
+        pooling: what TEI is told as --pooling; None when nobody tells it, so that it reads the
+            folder.
     """
     model = Model(files, task, pooling)
     rules = JINA_V3_RULES if model.is_jina_v3 else RULES
@@ -362,21 +362,14 @@ def _pooling_config(mode: str, dimensions: object) -> dict[str, object]:
 def _pooling(model: Model, hardware: Hardware | None) -> Iterator[_Result]:
     path = "1_Pooling/config.json"
     config = model.json(path)
-    told = (model.pooling or "").replace("-", "")
-    if not config and told in POOLING_MODES:
-        yield (
-            FIXED,
-            f"{path} was missing and was written for the known pooling ({model.pooling}).",
-            {path: _pooling_config(told, model.config.get("hidden_size"))},
-        )
-        return
     if not config:
-        guess = "silently takes the first token" if "bert" in model.model_type else "stops"
-        yield (
-            REFUSED,
-            f"There is no {path}, without which TEI {guess}: register the model with its "
-            "sentence-transformers files.",
-        )
+        if model.pooling is None:
+            guess = "silently takes the first token" if "bert" in model.model_type else "stops"
+            yield (
+                REFUSED,
+                f"There is no {path}, without which TEI {guess}: register the model with its "
+                "sentence-transformers files, or say how it pools.",
+            )
         return
     if "pooling_mode" in config:  # sentence-transformers ≥ 5.4
         said = config["pooling_mode"]
@@ -398,13 +391,12 @@ def _pooling(model: Model, hardware: Hardware | None) -> Iterator[_Result]:
             "lasttoken.",
         )
         return
-    if told and told != modes[0]:
+    told = (model.pooling or "").replace("-", "")
+    if told in POOLING_MODES and told != modes[0]:
         yield (
-            REFUSED,
-            f"The model pools by {modes[0]}, but TEI was to be told {model.pooling}: resolve the pin "
-            "again.",
+            WARNED,
+            f"The model's files say that it pools by {modes[0]}, but TEI is told {model.pooling}.",
         )
-        return
     required = ("pooling_mode_cls_token", "pooling_mode_mean_tokens")
     if "pooling_mode" in config or any(config.get(key) is None for key in required):
         dimension = config.get("word_embedding_dimension", config.get("embedding_dimension"))

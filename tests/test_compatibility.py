@@ -423,17 +423,13 @@ def test_two_repairs_of_one_file_both_stay():
     assert mended["config.json"]["rope_theta"] == theta
 
 
-def test_a_known_pooling_stands_in_for_a_missing_file():
+def test_a_pooling_that_tei_is_told_needs_no_file():
     model = files(NOMIC)
     del model["1_Pooling/config.json"]
-    findings = compatibility.check(model, pooling="mean")
-    assert unusual(findings) == {"pooling": FIXED}
-    written = compatibility.repaired(model, findings)["1_Pooling/config.json"]
-    assert written["pooling_mode_mean_tokens"] is True
-    assert written["pooling_mode_cls_token"] is False
+    assert unusual(compatibility.check(model, pooling="mean")) == {}
     assert unusual(compatibility.check(files(QWEN), pooling="last-token")) == {"overflow": WARNED}
     contradicted = compatibility.check(files(BGE), pooling="mean")
-    assert "pools by cls, but TEI was to be told mean" in str(compatibility.refusal(contradicted))
+    assert unusual(contradicted) == {"pooling": WARNED}
 
 
 @pytest.mark.parametrize("kind", ["gemma3_text", "qwen2", "llama"])

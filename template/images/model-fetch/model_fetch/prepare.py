@@ -42,7 +42,9 @@ def prepare(folder: Path, pin: Pin) -> list[str]:
     conversion = _conversion(pin)
     task = conversion["task"] if conversion else None
     files = read(folder)
-    findings = compatibility.check(files, task=task, pooling=pin.facts.pooling)
+    # A repository is only rendered with a pooling, so TEI always gets --pooling.
+    pooling = pin.facts.pooling or "as answered"
+    findings = compatibility.check(files, task=task, pooling=pooling)
     if problem := compatibility.refusal(findings):
         raise UnsuitableModelError(problem)
     if conversion:
