@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,20 @@ from typing import TYPE_CHECKING, Any
 
 from . import tensors
 from .errors import ConfigurationError, UnsuitableModelError
+from .jina_layouts import (
+    PARAMETRIZED,
+    POOLER,
+    Base,
+    Delta,
+    adapter_folder,
+    base_model,
+    lacking,
+    misshapen,
+    parametrized,
+    peft_adapter,
+    read_json,
+    unfamiliar,
+)
 from .tensors import StoredTensor
 
 if TYPE_CHECKING:
@@ -47,24 +60,6 @@ STORED_TYPES = {"float16": "F16", "float32": "F32"}
 
 FLOAT16_MAX = 65504.0
 
-_POOLER = "pooler.dense"  # tanh of the first token; mean pooling has no use for it
-_PARAMETRIZED = re.compile(r"(.+)\.parametrizations\.weight\.(original|0\.lora_A|0\.lora_B)")
-_PEFT_FACTOR = re.compile(r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
-
-_RENAMED = (
-    (re.compile(r"^(base_model\.model\.)?(roberta\.)?"), ""),
-    (re.compile(r"^layers\."), "encoder.layers."),
-    (re.compile(r"^embeddings\.LayerNorm$"), "emb_ln"),
-    (re.compile(r"\.(mixer|self_attn)\."), ".attn."),
-    (re.compile(r"\.o_proj$"), ".out_proj"),
-    (re.compile(r"\.post_attention_layernorm$"), ".norm1"),
-    (re.compile(r"\.post_mlp_layernorm$"), ".norm2"),
-)
-"""From every spelling seen (Jina's, transformers', PEFT's, and mixtures of them: the adapters of
-jinaai/jina-embeddings-v3-hf say `self_attn.q_proj` beside `mixer.out_proj`) to TEI's."""
-
-_QKV = ("q_proj", "k_proj", "v_proj")
-
 
 def convert(
     source: Path, task: str, destination: Path, *, dtype: str = "float16"
@@ -89,17 +84,19 @@ def convert(
         raise ConfigurationError(
             f"The folder for the converted model, {destination}, is not empty."
         )
-    config = _read_json(source / "config.json")
+    config = read_json(source / "config.json")
     architecture = Architecture.from_config(config)
     stored = tensors.read_headers(source)
-    if any(_PARAMETRIZED.fullmatch(name) for name in stored):
+    if architecture.layers > len(stored):
+        raise lacking([f"encoder.layers.{architecture.layers - 1}"])
+    if any(PARAMETRIZED.fullmatch(name) for name in stored):
         layout = "adapters as parametrizations of the weights"
-        base, deltas = _parametrized(stored, config, task)
+        base, deltas = parametrized(stored, config, task)
     else:
-        folder = _adapter_folder(source, task)
-        base, names = _base(stored)
+        folder = adapter_folder(source, task)
+        base, names = base_model(stored)
         layout = f"a base model with {names} names and the adapter folder {folder.name}"
-        deltas = _peft(folder, architecture)
+        deltas = peft_adapter(folder, architecture.hidden_size)
     weights = _weights(architecture, base, deltas)
 
     destination.mkdir(parents=True, exist_ok=True)
@@ -125,7 +122,7 @@ def convert(
         "tensors_written": len(weights),
         "weights_changed": sum(weight.delta is not None for weight in weights),
         "parameters": sum(math.prod(weight.shape) for weight in weights),
-        "left_out": sorted(f"{_POOLER}.{kind}" for kind in base.get(_POOLER, {})),
+        "left_out": sorted(f"{POOLER}.{kind}" for kind in base.get(POOLER, {})),
         "license": LICENSE,
     }
 
@@ -154,9 +151,11 @@ class Architecture:
         Raises: UnsuitableModelError when it is another model, or a number is missing: a guess
             would give wrong vectors, not an error.
         """
-        jina = config.get("model_type") == "jina_embeddings_v3" or (
-            "XLMRobertaLoRA" in (config.get("architectures") or [])
-            or config.get("lora_adaptations")
+        names = config.get("architectures")
+        jina = (
+            config.get("model_type") == "jina_embeddings_v3"
+            or (isinstance(names, list) and "XLMRobertaLoRA" in names)
+            or bool(config.get("lora_adaptations"))
         )
         if not jina:
             raise UnsuitableModelError(
@@ -172,7 +171,7 @@ class Architecture:
             raise UnsuitableModelError(
                 f"config.json says hidden_act {config['hidden_act']}; jina-embeddings-v3 has gelu."
             )
-        return cls(
+        architecture = cls(
             layers=_whole_number(config, "num_hidden_layers"),
             hidden_size=_whole_number(config, "hidden_size"),
             heads=_whole_number(config, "num_attention_heads"),
@@ -191,6 +190,13 @@ class Architecture:
                 if isinstance(config.get(key), int)
             },
         )
+        heads = architecture.heads
+        if not heads or architecture.hidden_size % (2 * heads):
+            raise UnsuitableModelError(
+                f"config.json says hidden_size {architecture.hidden_size} and {heads} heads, which do"
+                " not go together."
+            )
+        return architecture
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor that TEI reads, with its shape, in the order in which they are written."""
@@ -244,17 +250,6 @@ class Architecture:
 
 
 @dataclass(frozen=True, slots=True)
-class Delta:
-    """What an adapter adds to one weight: `left @ right * scaling`."""
-
-    left: numpy.ndarray
-    """float32, of shape (rows of the weight, rank)."""
-    right: numpy.ndarray
-    """float32, of shape (rank, columns of the weight)."""
-    scaling: float
-
-
-@dataclass(frozen=True, slots=True)
 class Weight:
     """One tensor to write: stored tensors below each other, plus an adapter's change."""
 
@@ -292,193 +287,22 @@ class Weight:
             first_of_part += part.rows
 
 
-_Base = dict[str, dict[str, tuple[StoredTensor, ...]]]
-"""TEI's module name -> `weight` or `bias` -> the stored tensors that make it up."""
-
-
-def _module_name(name: str) -> tuple[str, int | None]:
-    """TEI's name of a module, and which third of Wqkv it is (None: the whole)."""
-    for pattern, replacement in _RENAMED:
-        name = pattern.sub(replacement, name, count=1)
-    head, _, last = name.rpartition(".")
-    return (f"{head}.Wqkv", _QKV.index(last)) if last in _QKV else (name, None)
-
-
-def _parametrized(
-    stored: Mapping[str, StoredTensor], config: Mapping[str, Any], task: str
-) -> tuple[_Base, dict[str, Delta]]:
-    """The published layout: each weight with the factors of all adapters beside it."""
-    adapters, rank = config.get("lora_adaptations"), config.get("lora_rank")
-    alpha = config.get("lora_alpha")
-    if not isinstance(adapters, list) or not rank or not alpha:
-        raise UnsuitableModelError(
-            "config.json lacks lora_adaptations, lora_rank or lora_alpha, so the adapters in the"
-            " weights cannot be told apart."
-        )
-    if task not in adapters:
-        raise _no_adapter(task, adapters)
-    index = adapters.index(task)
-    plain: dict[str, StoredTensor] = {}
-    factors: dict[str, dict[str, StoredTensor]] = {}
-    for name, tensor in stored.items():
-        match = _PARAMETRIZED.fullmatch(name)
-        if match is None:
-            _add(plain, name, tensor)
-        elif match[2] == "original":
-            _add(plain, f"{match[1]}.weight", tensor)
-        else:
-            _add(factors.setdefault(_module_name(match[1])[0], {}), match[2][-1], tensor)
-    deltas = {}
-    for module, pair in factors.items():
-        if set(pair) != {"A", "B"}:
-            raise _missing([f"{module}'s lora_{'B' if 'A' in pair else 'A'}"])
-        for tensor in pair.values():
-            if len(tensor.shape) != 3 or tensor.shape[0] != len(adapters):
-                raise UnsuitableModelError(
-                    f"The tensor {tensor.name} has the shape {list(tensor.shape)}, which does not"
-                    f" hold the {len(adapters)} adapters of config.json."
-                )
-        # An embedding's rows are tokens, which A has; a linear layer's are outputs, which B has.
-        left, right = ("A", "B") if module.startswith("embeddings.") else ("B", "A")
-        deltas[module] = Delta(
-            _factor(pair[left], index, (None, rank)),
-            _factor(pair[right], index, (rank, None)),
-            alpha / rank,
-        )
-    return _base(plain)[0], deltas
-
-
-def _factor(
-    tensor: StoredTensor, index: int, wanted: tuple[int | None, int | None]
-) -> numpy.ndarray:
-    """One adapter's factor out of those stored together, as a matrix."""
-    rows, columns = tensor.shape[1:]
-    if wanted[0] not in (None, rows) or wanted[1] not in (None, columns):
-        raise UnsuitableModelError(
-            f"The tensor {tensor.name} has the shape {list(tensor.shape)}, which is not one of rank"
-            f" {wanted[0] or wanted[1]}."
-        )
-    return _finite(tensor, tensor.read(index, index + 1).reshape(rows, columns))
-
-
-def _base(stored: Mapping[str, StoredTensor]) -> tuple[_Base, str]:
-    """The base model of the `-hf` layout, and whether its names are original or native."""
-    parts: dict[str, dict[str, dict[int | None, StoredTensor]]] = {}
-    native = False
-    for name, tensor in stored.items():
-        module, _, kind = name.rpartition(".")
-        module, part = _module_name(module)
-        native |= part is not None
-        _add(parts.setdefault(module, {}).setdefault(kind, {}), part, tensor)
-    base: _Base = {}
-    for module, kinds in parts.items():
-        for kind, found in kinds.items():
-            if None in found and len(found) == 1:
-                base.setdefault(module, {})[kind] = (found[None],)
-            elif set(found) == {0, 1, 2}:
-                base.setdefault(module, {})[kind] = (found[0], found[1], found[2])
-            elif None in found:
-                raise UnsuitableModelError(f"{module}.{kind} is stored twice, whole and in parts.")
-            else:
-                raise _missing(
-                    [f"{module}'s {name}.{kind}" for i, name in enumerate(_QKV) if i not in found]
-                )
-    return base, "native" if native else "original"
-
-
-def _adapter_folder(source: Path, task: str) -> Path:
-    """The folder of the task's PEFT adapter; `-hf` calls retrieval.query retrieval_query."""
-    folders = {
-        path.parent.name: path.parent for path in sorted(source.glob("*/adapter_config.json"))
-    }
-    if not folders:
-        raise UnsuitableModelError(
-            "The checkpoint has neither adapters in its weights (parametrizations) nor adapter"
-            " folders (adapter_config.json): register jinaai/jina-embeddings-v3 or"
-            " jinaai/jina-embeddings-v3-hf with all its files."
-        )
-    for name in (task, re.sub(r"[^a-z0-9]", "_", task)):
-        if name in folders:
-            return folders[name]
-    raise _no_adapter(task, list(folders))
-
-
-def _peft(folder: Path, architecture: Architecture) -> dict[str, Delta]:
-    """The changes that one PEFT adapter makes."""
-    import numpy
-
-    config = _read_json(folder / "adapter_config.json")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    unknown = [key for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern",
-               "fan_in_fan_out", "modules_to_save", "lora_bias", "layer_replication")
-               if config.get(key)]  # fmt: skip
-    if config.get("bias", "none") != "none":
-        unknown.append("bias")
-    if config.get("peft_type") != "LORA" or not rank or not alpha or unknown:
-        raise UnsuitableModelError(
-            f"{folder.name}/adapter_config.json is not a plain LoRA with r and lora_alpha"
-            + (f" ({', '.join(unknown)})." if unknown else ".")
-        )
-    stored = tensors.read_headers(folder, "adapter_model")
-    pairs: dict[tuple[str, int | None], dict[str, StoredTensor]] = {}
-    unknown = []
-    for name, tensor in stored.items():
-        match = _PEFT_FACTOR.fullmatch(name)
-        if match is None:
-            unknown.append(name)
-        else:
-            _add(pairs.setdefault(_module_name(match[1]), {}), match[2], tensor)
-    if unknown:
-        raise _unknown(unknown)
-    deltas, thirds = {}, {}
-    for (module, part), pair in pairs.items():
-        if set(pair) != {"A", "B"}:
-            raise _missing([f"{folder.name}: {module}'s lora_{'B' if 'A' in pair else 'A'}"])
-        for factor, dimension in (("A", 0), ("B", 1)):
-            shape = pair[factor].shape
-            if len(shape) != 2 or shape[dimension] != rank:
-                raise UnsuitableModelError(
-                    f"The tensor {pair[factor].name} has the shape {list(shape)}, which is not one"
-                    f" of rank {rank}."
-                )
-        a, b = (_finite(pair[factor], pair[factor].read()) for factor in "AB")
-        if module.startswith("embeddings."):
-            a, b = b.T, a.T  # PEFT stores an embedding's factors transposed
-        if part is None:
-            deltas[module] = Delta(b, a, alpha / rank)
-        else:
-            thirds[module, part] = (b, a)
-    hidden = architecture.hidden_size
-    for module in dict.fromkeys(module for module, _ in thirds):
-        if module in deltas or any((module, part) not in thirds for part in range(3)):
-            raise _missing([f"{folder.name}: {module}'s q_proj, k_proj and v_proj, all three"])
-        left = numpy.zeros((3 * hidden, 3 * rank), "<f4")
-        for part in range(3):
-            b = thirds[module, part][0]
-            if b.shape[0] != hidden:
-                raise _wrong_shape(f"{module}'s lora_B", b.shape, (hidden, rank))
-            left[part * hidden : (part + 1) * hidden, part * rank : (part + 1) * rank] = b
-        right = numpy.concatenate([thirds[module, part][1] for part in range(3)])
-        deltas[module] = Delta(left, right, alpha / rank)
-    return deltas
-
-
-def _weights(architecture: Architecture, base: _Base, deltas: Mapping[str, Delta]) -> list[Weight]:
+def _weights(architecture: Architecture, base: Base, deltas: Mapping[str, Delta]) -> list[Weight]:
     """Match what is stored with what TEI reads, to the last tensor.
 
     Raises: UnsuitableModelError that names what is missing, unknown or of the wrong shape.
     """
     shapes = architecture.shapes()
     found = {f"{module}.{kind}" for module, kinds in base.items() for kind in kinds}
-    if unknown := [name for name in found - set(shapes) if not name.startswith(f"{_POOLER}.")]:
-        raise _unknown(unknown)
+    if unknown := [name for name in found - set(shapes) if not name.startswith(f"{POOLER}.")]:
+        raise unfamiliar(unknown)
     if missing := set(shapes) - found:
-        raise _missing(missing)
+        raise lacking(missing)
     adapted = {name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2}
     if unadapted := adapted - set(deltas):
-        raise _missing(f"the adapter of {module}" for module in unadapted)
-    if unexpected := set(deltas) - adapted - {_POOLER}:
-        raise _unknown(f"the adapter of {module}" for module in unexpected)
+        raise lacking(f"the adapter of {module}" for module in unadapted)
+    if unexpected := set(deltas) - adapted - {POOLER}:
+        raise unfamiliar(f"the adapter of {module}" for module in unexpected)
     weights = []
     for name, shape in shapes.items():
         module, _, kind = name.rpartition(".")
@@ -486,11 +310,11 @@ def _weights(architecture: Architecture, base: _Base, deltas: Mapping[str, Delta
         for part in parts:
             wanted = (shape[0] // len(parts), *shape[1:])
             if part.shape != wanted:
-                raise _wrong_shape(part.name, part.shape, wanted)
+                raise misshapen(part.name, part.shape, wanted)
         delta = deltas[module] if kind == "weight" and len(shape) == 2 else None
         if delta is not None and (delta.left.shape[0], delta.right.shape[1]) != shape:
             changed = (delta.left.shape[0], delta.right.shape[1])
-            raise _wrong_shape(f"the adapter of {module}", changed, shape)
+            raise misshapen(f"the adapter of {module}", changed, shape)
         weights.append(Weight(name, shape, parts, delta))
     return weights
 
@@ -498,7 +322,7 @@ def _weights(architecture: Architecture, base: _Base, deltas: Mapping[str, Delta
 def _number(config: Mapping[str, Any], key: str) -> float:
     """A number of config.json; never a default, which could be wrong without anyone noticing."""
     value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise UnsuitableModelError(f"config.json must give {key} as a number, not {value!r:.40}.")
     return float(value)
 
@@ -516,16 +340,17 @@ def _rotary_base(config: Mapping[str, Any]) -> float:
     Raises: UnsuitableModelError when config.json leaves it open: libraries' defaults differ (Jina's
         code 10000, transformers' nomic_bert 1000), and a wrong one only shows in the vectors.
     """
-    rope = config.get("rope_parameters") or {}
+    rope = config.get("rope_parameters")
+    rope = rope if isinstance(rope, dict) else {}
     if rope.get("rope_type", "default") != "default":
         raise UnsuitableModelError(
             f"config.json asks for {rope['rope_type']} rotary positions, which this conversion"
             " does not carry over."
         )
     said = {
-        float(value)
-        for value in (rope.get("rope_theta"), config.get("rotary_emb_base"))
-        if value is not None
+        _number(place, key)
+        for place, key in ((rope, "rope_theta"), (config, "rotary_emb_base"))
+        if place.get(key) is not None
     }
     if len(said) != 1:
         raise UnsuitableModelError(
@@ -539,7 +364,7 @@ def _instruction(source: Path, config: Mapping[str, Any], task: str) -> str:
     """What is put before each text for this task, as the checkpoint says or else as published."""
     said = config.get("task_instructions")
     if not isinstance(said, dict) and (source / "config_sentence_transformers.json").is_file():
-        said = _read_json(source / "config_sentence_transformers.json").get("prompts")
+        said = read_json(source / "config_sentence_transformers.json").get("prompts")
     if not isinstance(said, dict) or not isinstance(said.get(task), str):
         said = TASK_INSTRUCTIONS
     return str(said.get(task, ""))
@@ -573,80 +398,27 @@ def _copy_tokenizer(source: Path, destination: Path, architecture: Architecture)
             "There is no tokenizer.json beside the weights, and TEI reads no other tokenizer:"
             " register the model with it."
         )
-    tokenizer = _read_json(path)
-    vocabulary = (tokenizer.get("model") or {}).get("vocab") or ()
+    tokenizer = read_json(path)
+    model, processor = tokenizer.get("model"), tokenizer.get("post_processor")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocabulary, (dict, list)) or not vocabulary:
+        raise UnsuitableModelError("tokenizer.json has no vocabulary: register the model again.")
     if len(vocabulary) > architecture.vocab_size:
         raise UnsuitableModelError(
             f"tokenizer.json has {len(vocabulary)} tokens, the model's table only"
             f" {architecture.vocab_size}: they do not belong together."
         )
-    single = (tokenizer.get("post_processor") or {}).get("single") or ()
-    types = [piece.get("type_id", 0) for step in single for piece in step.values()]
+    single = processor.get("single") if isinstance(processor, dict) else None
+    pieces = [
+        piece
+        for step in (single if isinstance(single, list) else [])
+        for piece in (step.values() if isinstance(step, dict) else [])
+    ]
+    types = [piece.get("type_id", 0) for piece in pieces if isinstance(piece, dict)]
+    types = [type_id for type_id in types if isinstance(type_id, int)]
     if max(types, default=0) >= architecture.token_types:
         raise UnsuitableModelError(
             f"tokenizer.json gives the token type {max(types)}, but the model has only"
             f" {architecture.token_types}."
         )
     shutil.copyfile(path, destination / "tokenizer.json")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UnsuitableModelError(f"There is no {path.name} beside the weights.") from None
-    except ValueError:
-        raise UnsuitableModelError(f"{path.name} is not JSON: register the model again.") from None
-    if not isinstance(content, dict):
-        raise UnsuitableModelError(f"{path.name} is not a JSON object.")
-    return content
-
-
-def _finite(tensor: StoredTensor, values: numpy.ndarray) -> numpy.ndarray:
-    import numpy
-
-    if not numpy.isfinite(values).all():
-        raise UnsuitableModelError(
-            f"The tensor {tensor.name} holds NaN or infinity: the checkpoint is damaged."
-        )
-    return values
-
-
-def _no_adapter(task: str, adapters: list[str]) -> UnsuitableModelError:
-    return UnsuitableModelError(
-        f"The checkpoint has no adapter {task}; it has {', '.join(adapters) or 'none'}."
-    )
-
-
-def _add(found: dict[Any, StoredTensor], key: Any, tensor: StoredTensor) -> None:
-    """Keep a tensor under its key, unless another one says the same in other words."""
-    if key in found:
-        raise UnsuitableModelError(
-            f"The tensors {found[key].name} and {tensor.name} are the same weight twice."
-        )
-    found[key] = tensor
-
-
-def _named(names: Any) -> str:
-    """Up to three names, and how many more."""
-    ordered = sorted(names)
-    more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
-    return ", ".join(ordered[:3]) + more
-
-
-def _missing(names: Any) -> UnsuitableModelError:
-    return UnsuitableModelError(f"The checkpoint lacks {_named(names)}.")
-
-
-def _unknown(names: Any) -> UnsuitableModelError:
-    return UnsuitableModelError(
-        f"The checkpoint holds {_named(names)}, which jina-embeddings-v3 does not have."
-    )
-
-
-def _wrong_shape(
-    name: str, shape: tuple[int, ...], wanted: tuple[int, ...]
-) -> UnsuitableModelError:
-    return UnsuitableModelError(
-        f"{name} has the shape {list(shape)}; config.json makes it {list(wanted)}."
-    )

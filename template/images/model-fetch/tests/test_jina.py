@@ -515,3 +515,50 @@ def test_memory_stays_below_the_largest_tensor(tmp_path):
         tracemalloc.stop()
     assert (tmp_path / "out/model.safetensors").stat().st_size > largest
     assert peak < largest
+
+
+JUNK = (None, True, -1, 0, 4.5, 10**9, "4", "", [], ["x"], {}, {"a": 1}, float("inf"))
+
+
+def convert_or_refuse(source: Path, destination: Path) -> None:
+    """Convert, or be refused in one sentence; anything else is an error."""
+    said = "."
+    try:
+        jina.convert(source, TASKS[1], destination)
+    except TemplateError as error:
+        said = str(error)
+    assert said.endswith(".")
+
+
+@pytest.mark.parametrize("key", [*checkpoints.CONFIG, "rope_parameters", "model_type"])
+def test_any_config_is_converted_or_refused(source, tmp_path, key):
+    """Never a traceback, whatever stands in one place of config.json."""
+    for index, junk in enumerate(JUNK):
+        (source / "config.json").write_text(json.dumps(CHECKPOINT.config | {key: junk}))
+        convert_or_refuse(source, tmp_path / f"out-{index}")
+
+
+@pytest.mark.parametrize(
+    "key", ["r", "lora_alpha", "peft_type", "bias", "use_dora", "rank_pattern"]
+)
+def test_any_adapter_config_is_read_or_refused(hf_source, tmp_path, key):
+    path = hf_source / "retrieval_passage/adapter_config.json"
+    config = json.loads(path.read_text())
+    for index, junk in enumerate(JUNK):
+        path.write_text(json.dumps(config | {key: junk}))
+        convert_or_refuse(hf_source, tmp_path / f"out-{index}")
+
+
+@pytest.mark.parametrize(
+    "keys", [("model",), ("model", "vocab"), ("post_processor",), ("post_processor", "single")]
+)
+def test_any_tokenizer_is_taken_or_refused(source, tmp_path, keys):
+    path = source / "tokenizer.json"
+    whole = path.read_text()
+    for index, junk in enumerate((*JUNK, [{"Sequence": None}], [{"Sequence": {"type_id": "x"}}])):
+        tokenizer = place = json.loads(whole)
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = junk
+        path.write_text(json.dumps(tokenizer))
+        convert_or_refuse(source, tmp_path / f"out-{index}")
