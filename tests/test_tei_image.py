@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -215,7 +216,9 @@ def test_the_dependencies_and_the_program_are_compiled_alike(
 def test_hadolint_finds_nothing(
     render_tei: RenderTei, name: str, platform: str, tmp_path: Path
 ) -> None:
-    if not (hadolint := shutil.which("hadolint")):
+    # Beside this Python, where pip puts it, or anywhere on PATH.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    if not (hadolint := shutil.which("hadolint", path=path)):
         pytest.skip("hadolint is not installed")
     dockerfile = rendered(render_tei, name, platform)
     (tmp_path / "Dockerfile").write_text(dockerfile)

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -244,6 +246,71 @@ def test_without_a_gpu_the_container_stops_with_one_line(engine: Engine, built: 
     assert done.returncode == 1
     assert done.stdout.startswith("require-gpu: no GPU in this container, not even a driver")
     assert done.stdout.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def buildah(
+    engine: Engine, bases: Bases, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, str]]:
+    """The environment of a Buildah that has the base images."""
+    if not shutil.which("buildah"):
+        pytest.skip("buildah is not installed")
+    folder = tmp_path_factory.mktemp("buildah")
+    (folder / "storage.conf").write_text(
+        f'[storage]\ndriver = "overlay"\ngraphroot = "{engine.store}/buildah"\nrunroot = "{folder}/run"\n'
+    )
+    environment = os.environ | {
+        "CONTAINERS_STORAGE_CONF": str(folder / "storage.conf"),
+        "BUILDAH_ISOLATION": "chroot",
+        "TMPDIR": str(folder),
+    }
+    engine.store.mkdir(exist_ok=True)
+    for image in (bases.rust, bases.runtime):
+        there = subprocess.run(
+            ["buildah", "inspect", "--type=image", image], env=environment, capture_output=True
+        )
+        if there.returncode:
+            engine.docker("save", "--output", folder / "image.tar", image)
+            archive = f"docker-archive:{folder}/image.tar:{image}"
+            subprocess.run(
+                ["buildah", "pull", "--quiet", archive],
+                env=environment,
+                check=True,
+                capture_output=True,
+            )
+            (folder / "image.tar").unlink()
+    yield environment
+    # Buildah leaves its layers mounted.
+    mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+    for mount in reversed([m for m in mounts if m.startswith(f"{engine.store}/")]):
+        subprocess.run(["umount", mount], check=True)
+
+
+def test_make_builds_it_with_buildah_and_cache_mounts(
+    render_tei: RenderTei, bases: Bases, served: Mirrors, buildah: dict[str, str]
+) -> None:
+    image = "localhost/tei-under-test:buildah"
+    arguments = " ".join(_arguments(bases, served))
+    platform = f"linux/{ARCHITECTURE}"
+    folder = render_tei("cpu", image_platform=platform)
+    command = ["make", "-f", "images/tei/tei.mk", "tei-image", "TEI_BUILDER=buildah"]
+    options = [f"TEI_IMAGE={image}", f"TEI_BUILD_ARGS={arguments}"]
+
+    done = subprocess.run(
+        [*command, *options], cwd=folder, env=buildah, text=True, capture_output=True
+    )
+
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "RUN --mount=type=cache,target=/usr/local/cargo/registry" in done.stdout
+    assert "Compiling kernels" in done.stderr
+    inspect = ["buildah", "inspect", "--type=image", image]
+    shown = subprocess.run(inspect, env=buildah, text=True, capture_output=True, check=True)
+    config = json.loads(shown.stdout)["OCIv1"]["config"]
+    assert config["User"] == "10001:10001"
+    assert config["Entrypoint"] == ["text-embeddings-router"]
+    assert config["Labels"]["org.opencontainers.image.revision"] == served.tei_ref
+    for remove in (["--force", image], ["--prune", "--force"]):
+        subprocess.run(["buildah", "rmi", *remove], env=buildah, check=True, capture_output=True)
 
 
 def _refused(

@@ -32,6 +32,9 @@ class Engine:
     host: str
     """DOCKER_HOST of it."""
 
+    store: Path
+    """A folder that is this engine's alone for as long as it runs, and there again the next time."""
+
     def docker(
         self, *arguments: str | Path, stdin: str | None = None, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
@@ -113,8 +116,13 @@ def _running(state: Path) -> Iterator[Engine]:
     # Not pytest's own folder: a socket's path must be shorter than 108 characters.
     with TemporaryDirectory(prefix="engine-") as run:
         try:
-            started = subprocess.run([script, "start", run, state], text=True, capture_output=True)
+            started = subprocess.run(
+                [script, "start", run, state / "docker"], text=True, capture_output=True
+            )
             assert started.returncode == 0, started.stderr
-            yield Engine(started.stdout.strip())
+            engine = Engine(started.stdout.strip(), state / "store")
+            yield engine
+            # Layers of former runs; those of today may serve again.
+            engine.docker("image", "prune", "--force", "--filter=until=24h")
         finally:
-            subprocess.run([script, "stop", run, state], check=True)
+            subprocess.run([script, "stop", run, state / "docker"], check=True)
