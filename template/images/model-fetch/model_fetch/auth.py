@@ -111,7 +111,9 @@ def from_environment(environ: Mapping[str, str], context: ssl.SSLContext) -> Cre
             raise ConfigurationError("MLFLOW_KEYCLOAK_TOKEN_URL must be an http or https address")
         client = environ.get("MLFLOW_KEYCLOAK_CLIENT_ID")
         if not client:
-            raise ConfigurationError("MLFLOW_KEYCLOAK_CLIENT_ID is missing: the client's name in Keycloak")
+            raise ConfigurationError(
+                "MLFLOW_KEYCLOAK_CLIENT_ID is missing: the client's name in Keycloak"
+            )
         form = {
             "client_id": client,
             "scope": environ.get("MLFLOW_KEYCLOAK_SCOPE") or "openid",

@@ -1,8 +1,8 @@
 """The folder of one model version on the cache volume: staged, whole, or absent.
 
-    /cache/<registered model>/<version>/               complete, with its marker
-    /cache/<registered model>/.<version>.staging-…/    being fetched, or left by a run that was cut
-    /cache/<registered model>/.<version>.lock          see lock.py
+/cache/<registered model>/<version>/               complete, with its marker
+/cache/<registered model>/.<version>.staging-…/    being fetched, or left by a run that was cut
+/cache/<registered model>/.<version>.lock          see lock.py
 """
 
 from __future__ import annotations
@@ -22,6 +22,11 @@ from .verify import sha256_of, structure_problem
 
 MARKER = ".model-fetch.json"
 FORMAT = 1
+CONTENT = (
+    *("registered_model", "version", "run_id", "logged_model_id", "artifact_uri"),
+    *("files", "conversion"),
+)
+"""What of a pin decides on the bytes in a version's folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +71,7 @@ class Marker:
 def fingerprint(pin: Pin) -> str:
     """Names the content of a version folder: the pinned files, where they are from, their preparation."""
     mapping = pin.to_mapping()
-    content = {
-        name: mapping[name]
-        for name in ("registered_model", "version", "run_id", "logged_model_id", "artifact_uri", "files")
-    }
+    content = {name: mapping.get(name) for name in CONTENT}
     text = json.dumps([content, prepare.REVISION], sort_keys=True)
     return sha256(text.encode()).hexdigest()
 
@@ -131,8 +133,10 @@ class VersionFolder:
         left = sorted(self.parent.glob(f".{self.path.name}.staging-*"))
         for index, folder in enumerate(left):
             # Renaming shuts out a holder that was taken for dead: it can no longer publish.
-            if index == 0 and (folder / "pin").is_file() and (
-                (folder / "pin").read_text() == self.fingerprint
+            if (
+                index == 0
+                and (folder / "pin").is_file()
+                and ((folder / "pin").read_text() == self.fingerprint)
             ):
                 folder.rename(mine)
             else:

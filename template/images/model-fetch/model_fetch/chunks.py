@@ -7,6 +7,7 @@ A journal is an append-only text file beside the file that it speaks of:
     +0                chunk 0 is in the file
     +2
     =2                the first two of these marks are on the disk, not in memory alone
+    !53aa51…          the whole file was verified, and this is its SHA-256
 
 A line counts only with its line feed, so a torn write is a line that never was. A mark that no `=`
 covers is believed only while the same kernel runs (its boot id): its bytes survive a kill or an
@@ -79,11 +80,13 @@ class Progress:
 
     validator: what the store called this version of the file, None when it gave no name
     done: indexes of the chunks that can be believed
+    sha256: of the whole file, where an earlier run got as far as verifying it
     """
 
     chunk_size: int
-    validator: str | None
-    done: frozenset[int]
+    validator: str | None = None
+    done: frozenset[int] = frozenset()
+    sha256: str | None = None
 
 
 def read_journal(text: str, path: str, size: int, boot: str) -> Progress | None:
@@ -98,6 +101,7 @@ def read_journal(text: str, path: str, size: int, boot: str) -> Progress | None:
         plan = Plan(size, header["chunk"])
         same_kernel = header["boot"] == boot
         validator: str | None = None
+        sha256: str | None = None
         marks: list[int] = []
         durable = 0
         for line in lines[1:]:
@@ -108,6 +112,8 @@ def read_journal(text: str, path: str, size: int, boot: str) -> Progress | None:
                 marks.append(int(rest))
             elif kind == "=":
                 durable = int(rest)
+            elif kind == "!":
+                sha256 = rest
             else:
                 return None
     except (ValueError, KeyError, TypeError):
@@ -115,7 +121,7 @@ def read_journal(text: str, path: str, size: int, boot: str) -> Progress | None:
     believed = marks if same_kernel else marks[:durable]
     if any(not 0 <= index < len(plan) for index in believed):
         return None
-    return Progress(plan.chunk_size, validator, frozenset(believed))
+    return Progress(plan.chunk_size, validator, frozenset(believed), sha256)
 
 
 class Journal:
@@ -129,6 +135,8 @@ class Journal:
         lines = [json.dumps(header)]
         if progress.validator is not None:
             lines.append("~" + json.dumps(progress.validator))
+        if progress.sha256 is not None:
+            lines.append("!" + progress.sha256)
         lines += [f"+{index}" for index in sorted(progress.done)]
         self._marks = len(progress.done)
         where.parent.mkdir(parents=True, exist_ok=True)
@@ -147,6 +155,11 @@ class Journal:
         with self._lock:
             self._append(f"+{index}")
             self._marks += 1
+
+    def verified(self, sha256: str) -> None:
+        """Records the digest of the whole file, which was found right."""
+        with self._lock:
+            self._append("!" + sha256)
 
     def checkpoint(self, fd: int) -> None:
         """Flushes the file open as `fd` and records that what was marked before is on the disk."""

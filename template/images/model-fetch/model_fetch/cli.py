@@ -88,7 +88,9 @@ def _failed(error: Exception, console: Console, termination: Path | None) -> int
         error = from_os_error(error)
     text = str(error)
     if not isinstance(error, TemplateError):
-        text = f"internal error ({type(error).__name__}): run it with --debug and report what it says"
+        text = (
+            f"internal error ({type(error).__name__}): run it with --debug and report what it says"
+        )
     code = exit_code(error)
     console.error(text, exit_code=code)
     termination_message(termination, text)
@@ -123,7 +125,9 @@ def _read_pin(path: Path) -> Pin:
             f"the pin {path} cannot be read ({error.strerror}): mount it there or name it with --pin"
         ) from None
     except (ValueError, RecursionError):
-        raise ConfigurationError(f"the pin {path} is not JSON: render the repository again") from None
+        raise ConfigurationError(
+            f"the pin {path} is not JSON: render the repository again"
+        ) from None
     return Pin.from_mapping(mapping)
 
 
@@ -172,7 +176,9 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
-    def add(group: argparse._ArgumentGroup, name: str, default: Any, help: str, **more: Any) -> None:
+    def add(
+        group: argparse._ArgumentGroup, name: str, default: Any, help: str, **more: Any
+    ) -> None:
         variable = PREFIX + name.upper().replace("-", "_")
         shown = "" if default in (None, "") else f" [{default}]"
         if more.get("action") == "store_true":
@@ -189,7 +195,13 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     add(places, "pin", "/etc/model/pin.json", "the pin, a JSON file", metavar="FILE")
     add(places, "cache", "/cache", "volume to fetch to; '' when all is mounted", metavar="FOLDER")
     add(places, "link", "/model/current", "link to the ready model, for TEI", metavar="PATH")
-    add(places, "mount", None, "where MLflow's artifact store is mounted, if it is", metavar="FOLDER")
+    add(
+        places,
+        "mount",
+        None,
+        "where MLflow's artifact store is mounted, if it is",
+        metavar="FOLDER",
+    )
 
     transfer = parser.add_argument_group("transfer")
     add(transfer, "connections", 8, "connections at a time", type=_number(1, 64, int), metavar="N")
@@ -201,25 +213,111 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
         type=_number(1 / 64, 1024),
         metavar="MIB",
     )
-    add(transfer, "retries", 8, "failures in a row until a chunk is given up", type=_number(0, 1000, int), metavar="N")
-    add(transfer, "attempts", 3, "times to fetch a file whose verification fails", type=_number(1, 100, int), metavar="N")
-    add(transfer, "timeout", 60, "seconds without a byte until a connection is dead", type=_number(0.1, 86400), metavar="S")
-    add(transfer, "digests", "always", "compute SHA-256 of all files, or only of those pinned with one", choices=("always", "pinned"), metavar="WHEN")
-    add(transfer, "no-sync", False, "do not wait for the disk: faster, not safe against power cuts", action="store_true")
+    add(
+        transfer,
+        "retries",
+        8,
+        "failures in a row until a chunk is given up",
+        type=_number(0, 1000, int),
+        metavar="N",
+    )
+    add(
+        transfer,
+        "attempts",
+        3,
+        "times to fetch a file whose verification fails",
+        type=_number(1, 100, int),
+        metavar="N",
+    )
+    add(
+        transfer,
+        "timeout",
+        60,
+        "seconds without a byte until a connection is dead",
+        type=_number(0.1, 86400),
+        metavar="S",
+    )
+    add(
+        transfer,
+        "digests",
+        "always",
+        "compute SHA-256 of all files, or only of those pinned with one",
+        choices=("always", "pinned"),
+        metavar="WHEN",
+    )
+    add(
+        transfer,
+        "no-sync",
+        False,
+        "do not wait for the disk: faster, not safe against power cuts",
+        action="store_true",
+    )
 
     sharing = parser.add_argument_group("sharing and pruning")
-    add(sharing, "lock-timeout", 3600, "seconds to wait for another process that fetches", type=_number(0, 864000), metavar="S")
-    add(sharing, "lease", 20, "seconds without a sign of life until a holder on another machine is dead", type=_number(0.5, 3600), metavar="S")
-    add(sharing, "keep", None, "other versions to keep; all when not given", type=_number(0, 1000, int), metavar="N")
-    add(sharing, "keep-hours", 24, "never prune a version started within this time", type=_number(0, 87600), metavar="H")
+    add(
+        sharing,
+        "lock-timeout",
+        3600,
+        "seconds to wait for another process that fetches",
+        type=_number(0, 864000),
+        metavar="S",
+    )
+    add(
+        sharing,
+        "lease",
+        20,
+        "seconds without a sign of life until a holder on another machine is dead",
+        type=_number(0.5, 3600),
+        metavar="S",
+    )
+    add(
+        sharing,
+        "keep",
+        None,
+        "other versions to keep; all when not given",
+        type=_number(0, 1000, int),
+        metavar="N",
+    )
+    add(
+        sharing,
+        "keep-hours",
+        24,
+        "never prune a version started within this time",
+        type=_number(0, 87600),
+        metavar="H",
+    )
 
     telling = parser.add_argument_group("telling")
-    add(telling, "log-format", "text", "lines of text, or of JSON", choices=("text", "json"), metavar="FORMAT")
-    add(telling, "interval", 5, "seconds between two lines of progress", type=_number(0.1, 3600), metavar="S")
-    add(telling, "termination-log", "/dev/termination-log", "file for the last line, shown by Kubernetes", metavar="FILE")
+    add(
+        telling,
+        "log-format",
+        "text",
+        "lines of text, or of JSON",
+        choices=("text", "json"),
+        metavar="FORMAT",
+    )
+    add(
+        telling,
+        "interval",
+        5,
+        "seconds between two lines of progress",
+        type=_number(0.1, 3600),
+        metavar="S",
+    )
+    add(
+        telling,
+        "termination-log",
+        "/dev/termination-log",
+        "file for the last line, shown by Kubernetes",
+        metavar="FILE",
+    )
     add(telling, "debug", False, "show where an error came from", action="store_true")
 
-    parser.add_argument("--verify", action="store_true", help="only read a complete version again and compare its digests")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="only read a complete version again and compare its digests",
+    )
     parser.add_argument("--version", action="version", version=f"model-fetch {__version__}")
     return parser
 

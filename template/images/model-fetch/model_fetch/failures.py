@@ -71,7 +71,9 @@ def from_os_error(error: OSError) -> TemplateError:
     """Says what a failed file operation means to the user."""
     where = error.filename or "the target"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return NoSpaceError(f"no space left at {where}: make the volume larger or prune old versions")
+        return NoSpaceError(
+            f"no space left at {where}: make the volume larger or prune old versions"
+        )
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return ConfigurationError(
             f"{where} cannot be written ({error.strerror}): mount it read-write for uid 10001"

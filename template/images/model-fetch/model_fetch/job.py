@@ -43,7 +43,7 @@ class Job:
         self.follower: Follower | None = None
         self.fd = -1
         self._retired: list[Journal | int] = []
-        self._begin(self._known() or Progress(chunk_size, None, frozenset()), whole=False)
+        self._begin(self._known() or Progress(chunk_size), whole=False)
 
     @property
     def present(self) -> int:
@@ -55,14 +55,15 @@ class Job:
         self.target.parent.mkdir(parents=True, exist_ok=True)
         self.fd = os.open(self.target, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         os.ftruncate(self.fd, self.file.size)
-        progress = Progress(self.plan.chunk_size, self.validator, frozenset(self.done))
+        done = frozenset(self.done)
+        progress = Progress(self.plan.chunk_size, self.validator, done, self.verified_before)
         self.journal = Journal(self._where, self.file.path, self.file.size, progress)
 
     def restart(self, whole: bool = False) -> None:
         """Throws away what has come so far. whole: fetch it as one stream, without ranges."""
         self._retire()
         self.delete()
-        self._begin(Progress(self._chunk_size, None, frozenset()), whole)
+        self._begin(Progress(self._chunk_size), whole)
         self.open()
 
     def delete(self) -> None:
@@ -96,6 +97,7 @@ class Job:
     def _begin(self, progress: Progress, whole: bool) -> None:
         self.plan = Plan(self.file.size, progress.chunk_size)
         self.validator = progress.validator
+        self.verified_before = progress.sha256
         self.done = set(progress.done)
         self.whole = whole
         left = [chunk for chunk in self.plan if chunk.index not in self.done]

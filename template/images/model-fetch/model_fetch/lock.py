@@ -57,10 +57,10 @@ def held(
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o664)
     try:
         token = f"{socket.gethostname()}:{os.getpid()}:{os.urandom(6).hex()}"
-        if not _acquire(fd, token, lease, timeout, console, stop, done):
+        if not _acquire(fd, path, token, lease, timeout, console, stop, done):
             yield None
             return
-        hold = Hold(fd, token, lease, progress, stop)
+        hold = Hold(fd, path, token, lease, progress, stop)
         try:
             yield hold
         finally:
@@ -71,6 +71,7 @@ def held(
 
 def _acquire(
     fd: int,
+    path: Path,
     token: str,
     lease: float,
     timeout: float,
@@ -86,7 +87,7 @@ def _acquire(
         stop.check()
         now = time.monotonic()
         flocked, supported = _flock(fd)
-        record = _read(fd)
+        record = _read(path)
         if record != seen:
             seen, seen_at = record, now
         if flocked or not supported:
@@ -99,7 +100,7 @@ def _acquire(
                     return True
                 # Without flock the last writer wins; both have looked again by then.
                 stop.sleep(lease / 4)
-                if (_read(fd) or {}).get("token") == token:
+                if (_read(path) or {}).get("token") == token:
                     return True
             if flocked:
                 fcntl.flock(fd, fcntl.LOCK_UN)
@@ -124,9 +125,16 @@ class Hold:
     """A lock that is held: keeps its record alive, and stops the run when another stands there."""
 
     def __init__(
-        self, fd: int, token: str, lease: float, progress: Callable[[], int], stop: Stop
+        self,
+        fd: int,
+        path: Path,
+        token: str,
+        lease: float,
+        progress: Callable[[], int],
+        stop: Stop,
     ) -> None:
-        self._fd, self._token, self._progress, self._stop = fd, token, progress, stop
+        self._fd, self._path, self._token = fd, path, token
+        self._progress, self._stop = progress, stop
         self._interval = min(lease / 5, 3.0)
         self._quit = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lock", daemon=True)
@@ -135,8 +143,12 @@ class Hold:
     @property
     def lost(self) -> bool:
         """Whether somebody else has taken the lock over."""
-        record = _read(self._fd)
-        return record is not None and record.get("token") != self._token
+        for _ in range(2):
+            record = _read(self._path)
+            if record is not None:
+                return record.get("token") != self._token
+            time.sleep(0.05)  # a reader may meet a write that is under way
+        return True
 
     def _run(self) -> None:
         beat = 0
@@ -173,10 +185,11 @@ def _flock(fd: int) -> tuple[bool, bool]:
     return True, True
 
 
-def _read(fd: int) -> dict[str, Any] | None:
+def _read(path: Path) -> dict[str, Any] | None:
+    """The holder's record. Opens the file anew, since only that makes NFS look at its server."""
     try:
-        record = json.loads(os.pread(fd, RECORD_SIZE, 0))
-    except ValueError:
+        record = json.loads(path.read_bytes()[:RECORD_SIZE])
+    except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) else None
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import cache, lock, pin as pins, sources
+from . import cache, lock, sources
+from . import pin as pins
 from .cache import KnownFile, Marker, Staging, VersionFolder
 from .console import MB, Console, Meter
 from .failures import (

@@ -90,7 +90,9 @@ class Mounted(Source):
         try:
             size = path.stat().st_size
         except OSError:
-            raise NotFoundError(f"{path} is gone from the mounted store: register the model again") from None
+            raise NotFoundError(
+                f"{path} is gone from the mounted store: register the model again"
+            ) from None
         if not path.resolve().is_relative_to(self._top.resolve()) or not path.is_file():
             raise ConfigurationError(f"{path} is no file of the mounted store: it leads out of it")
         if size != file.size:
@@ -101,9 +103,7 @@ class Mounted(Source):
 class Proxied(HttpSource):
     """MLflow's own artifact proxy, or any web server that holds the artifact's folder."""
 
-    def __init__(
-        self, base: str, credentials: auth.Credentials, context: ssl.SSLContext
-    ) -> None:
+    def __init__(self, base: str, credentials: auth.Credentials, context: ssl.SSLContext) -> None:
         """base: address of the artifact's folder."""
         self._base, self._credentials, self.context = base.rstrip("/"), credentials, context
         self.name = f"proxied by {origin_text(base)}"
@@ -182,11 +182,15 @@ class Presigned(Signed):
             try:
                 request = self.request(smallest)
             except NotFoundError:
-                raise NotOffered("this MLflow server signs no addresses for this artifact") from None
+                raise NotOffered(
+                    "this MLflow server signs no addresses for this artifact"
+                ) from None
             try:
                 wire.send(request.with_headers(Range="bytes=0-0"))
             except ConnectionFailed as error:
-                raise NotOffered(f"the store behind MLflow is out of reach here ({error})") from None
+                raise NotOffered(
+                    f"the store behind MLflow is out of reach here ({error})"
+                ) from None
         finally:
             wire.close()
 
@@ -247,7 +251,9 @@ class S3(Signed):
             None,
         )
         self._client: Any = None
-        self.name = f"S3 bucket {bucket}" + (f" at {origin_text(self._endpoint)}" if self._endpoint else "")
+        self.name = f"S3 bucket {bucket}" + (
+            f" at {origin_text(self._endpoint)}" if self._endpoint else ""
+        )
 
     def check(self) -> None:
         import boto3  # 0.3 s and 30 MB, so only where it is needed
@@ -361,7 +367,8 @@ def choose(pin: Pin, settings: Settings, console: Console) -> Source:
 
     Raises: ConfigurationError when none is, and what a source raises itself.
     """
-    reasons = []
+    reasons: list[str] = []
+    unlike: TemplateError | None = None
     for source in candidates(pin, settings):
         try:
             source.check()
@@ -372,11 +379,14 @@ def choose(pin: Pin, settings: Settings, console: Console) -> Source:
             # A store that is mounted but lacks the files does not speak for the others.
             if not isinstance(source, Mounted) or isinstance(error, ConfigurationError):
                 raise
+            unlike = unlike or error
             reasons.append(str(error))
             continue
         for reason_text in reasons:
             console.info(f"not used: {reason_text}")
         return source
+    if unlike is not None:
+        raise unlike
     shown = place(pin.artifact_uri or "")
     raise NotFoundError(f"no way to {shown}: {'; '.join(reasons) or 'nothing is mounted there'}")
 
@@ -387,7 +397,10 @@ def _mounted(pin: Pin, mount: Path | None, scheme: str, folder: str) -> Iterator
     if mount is None:
         return
     # The bucket is the volume's root; MLflow's proxy often serves its folder `artifacts`.
-    roots = {"s3": [mount / folder], "mlflow-artifacts": [mount / folder, mount / "artifacts" / folder]}
+    roots = {
+        "s3": [mount / folder],
+        "mlflow-artifacts": [mount / folder, mount / "artifacts" / folder],
+    }
     for root in roots.get(scheme, []):
         yield Mounted(root, pin, mount)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from functools import partial
 
-from .answers import NoRanges, Wrong
 from .cache import Staging
 from .chunks import Chunk
 from .console import Console, Meter
@@ -18,6 +17,7 @@ from .embedding_model import PinnedFile
 from .failures import VerificationError, from_os_error
 from .follow import Follower, Pool
 from .job import Job, Work
+from .responses import NoRanges, Wrong
 from .settings import Settings
 from .sources import HttpSource
 from .stop import Stop
@@ -205,8 +205,15 @@ class Transfer:
     def _verify(self, job: Job, digests: Digests, generation: int) -> None:
         """Called by a file's follower when all bytes have been digested."""
         problem = digests.mismatch() or structure_problem(job.target)
-        if not problem and self._settings.sync and job.journal is not None:
-            job.journal.checkpoint(job.fd)
+        before = job.verified_before
+        if not problem and before and digests.sha256 and before != digests.sha256:
+            problem = "it was changed after an earlier run had verified it"
+        journal = job.journal
+        if not problem and journal is not None:
+            if digests.sha256:
+                journal.verified(digests.sha256)
+            if self._settings.sync:
+                journal.checkpoint(job.fd)
         with self._condition:
             if job.generation != generation:
                 return

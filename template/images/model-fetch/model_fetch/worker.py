@@ -8,11 +8,11 @@ import random
 import time
 from typing import Protocol
 
-from . import answers
-from .answers import Again, Wrong
+from . import responses
 from .failures import DeniedError, UnreachableError
 from .follow import PIECE
 from .job import Work
+from .responses import Again, Wrong
 from .settings import Settings
 from .sources import HttpSource
 from .stop import Stop
@@ -97,15 +97,15 @@ class Worker:
         everything = position == 0 and end == job.file.size
         if not everything:
             request = request.with_headers(
-                **{"Range": f"bytes={position}-{end - 1}", **answers.if_range(job.validator)}
+                **{"Range": f"bytes={position}-{end - 1}", **responses.if_range(job.validator)}
             )
         response = self.wire.send(request)
         try:
-            answers.check_status(response, job.file, self._source.name)
+            responses.check_status(response, job.file, self._source.name)
             if not everything:
-                answers.check_range(response, position, end, job.file.size)
-            self._observer.answered(work, answers.validator(response))
-            answers.check_length(response, end - position)
+                responses.check_range(response, position, end, job.file.size)
+            self._observer.answered(work, responses.validator(response))
+            responses.check_length(response, end - position)
             self._copy(response, work, position)
             if everything and response.length is None and response.read(1):
                 raise Wrong(f"the store sends more than {end:,} bytes")

@@ -1,0 +1,32 @@
+"""Fixtures of model-fetch's own tests. They need nothing but this folder, and say what they skip."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+for _folder in (Path(__file__).parent, Path(__file__).parents[1]):
+    if str(_folder) not in sys.path:
+        sys.path.insert(0, str(_folder))
+
+from fetchkit.models import PinnedModel, embedding_model  # noqa: E402
+from fetchkit.program import Pod  # noqa: E402
+
+
+@pytest.fixture
+def pod(tmp_path: Path) -> Pod:
+    return Pod(tmp_path / "pod")
+
+
+@pytest.fixture(scope="session")
+def model() -> PinnedModel:
+    """A model of 3 MB whose pin has no digests, as that of a fine-tuned model."""
+    return PinnedModel(embedding_model(), "mlflow-artifacts:/model")
+
+
+@pytest.fixture(scope="session")
+def mirrored(model: PinnedModel) -> PinnedModel:
+    """The same, with the digests that a mirrored snapshot has."""
+    return PinnedModel(model.files, model.artifact_uri, sha256=True)
