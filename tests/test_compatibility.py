@@ -10,7 +10,13 @@ import pytest
 
 from extensions import accelerator, compatibility
 from extensions.compatibility import FIXED, OK, REFUSED, WARNED
-from tests.models.folders import JINA_V3, MODEL_IDS, configs, files
+from tests.models.folders import (
+    JINA_V3,
+    MODEL_IDS,
+    configs,
+    files,
+    saved_by_sentence_transformers_5_4,
+)
 
 Files = dict[str, Any]
 
@@ -103,34 +109,6 @@ def setting(path: str, **changes: Any) -> Callable[[Files], None]:
                 content[key] = value
 
     return change
-
-
-def saved_by_sentence_transformers_5_4(model: Files) -> None:
-    """As sentence-transformers ≥ 5.4 writes its files (6.2.0)."""
-    pooling = model["1_Pooling/config.json"]
-    mode = next(
-        key for key, on in pooling.items() if on is True and key.startswith("pooling_mode_")
-    )
-    names = {"cls_token": "cls", "mean_tokens": "mean", "lasttoken": "lasttoken"}
-    model["1_Pooling/config.json"] = {
-        "embedding_dimension": pooling["word_embedding_dimension"],
-        "pooling_mode": names[mode.removeprefix("pooling_mode_")],
-        "include_prompt": True,
-    }
-    model["sentence_bert_config.json"] = {
-        "transformer_task": "feature-extraction",
-        "modality_config": {},
-        "module_output_name": "token_embeddings",
-    }
-    model["tokenizer_config.json"] = {"model_max_length": 400}
-    paths = {
-        "Transformer": "sentence_transformers.base.modules.transformer.Transformer",
-        "Pooling": "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
-        "Normalize": "sentence_transformers.base.modules.normalize.Normalize",
-    }
-    for module in model["modules.json"]:
-        module["type"] = paths[module["type"].rpartition(".")[2]]
-    model["config_sentence_transformers.json"] = {"prompts": {"document": "", "query": ""}}
 
 
 def with_dense(model: Files, **config: Any) -> None:

@@ -57,13 +57,46 @@ def files(model_id: str) -> dict[str, Any]:
     return configs(model_id) | dict.fromkeys([*names, "model.safetensors"])
 
 
-def write(model_id: str, folder: Path) -> Path:
+def saved_by_sentence_transformers_5_4(model: dict[str, Any]) -> None:
+    """Change the parsed files into what sentence-transformers ≥ 5.4 writes (seen with 6.2.0)."""
+    pooling = model["1_Pooling/config.json"]
+    mode = next(
+        key for key, on in pooling.items() if on is True and key.startswith("pooling_mode_")
+    )
+    names = {"cls_token": "cls", "mean_tokens": "mean", "lasttoken": "lasttoken"}
+    model["1_Pooling/config.json"] = {
+        "embedding_dimension": pooling["word_embedding_dimension"],
+        "pooling_mode": names[mode.removeprefix("pooling_mode_")],
+        "include_prompt": True,
+    }
+    model["sentence_bert_config.json"] = {
+        "transformer_task": "feature-extraction",
+        "modality_config": {},
+        "module_output_name": "token_embeddings",
+    }
+    model["tokenizer_config.json"] = {"model_max_length": 400}
+    paths = {
+        "Transformer": "sentence_transformers.base.modules.transformer.Transformer",
+        "Pooling": "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
+        "Normalize": "sentence_transformers.base.modules.normalize.Normalize",
+    }
+    for module in model["modules.json"]:
+        module["type"] = paths[module["type"].rpartition(".")[2]]
+    model["config_sentence_transformers.json"] = {"prompts": {"document": "", "query": ""}}
+
+
+def write(model_id: str, folder: Path, *, saved_again: bool = False) -> Path:
     """Write the model's folder; returns it.
+
+    Args: saved_again: the small files as sentence-transformers ≥ 5.4 writes them.
 
     The weights are a few numbers under each of the real tensor names. jina-embeddings-v3, which is
     converted, gets a small model whose shapes agree with its config.json (needs numpy).
     """
     content = configs(model_id)
+    folder.mkdir(parents=True, exist_ok=True)
+    if saved_again:
+        saved_by_sentence_transformers_5_4(content)
     if model_id == JINA_V3:
         sys.path.insert(0, str(MODEL_FETCH_TESTS))
         import jina_checkpoints
