@@ -571,8 +571,8 @@ def _causal(model: Model, hardware: Hardware | None) -> Iterator[_Result]:
     if hardware is not None and not (hardware.is_gpu and hardware.flash_attention):
         yield (
             REFUSED,
-            f"Without flash attention ({hardware.title}) TEI gives wrong vectors for texts of equal "
-            "length in one batch of this model: choose a GPU with flash attention.",
+            "Without flash attention TEI gives wrong vectors for texts of equal length in one batch of "
+            "this model: choose a GPU that has it.",
         )
 
 

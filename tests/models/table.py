@@ -1,0 +1,70 @@
+"""The table of models and accelerators, from the rules and from what fits.
+
+python -m tests.models.table          prints it
+python -m tests.models.table --write  puts it into README.md, between its two marks
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from extensions import accelerator, catalog, compatibility, sizing
+from extensions.compatibility import FIXED, REFUSED, WARNED
+from tests.models.folders import JINA_V3, MODEL_IDS, files
+
+README = Path(__file__).parents[2] / "README.md"
+BEGIN, END = "<!-- make models: begin -->", "<!-- make models: end -->"
+
+
+def remarks(model_id: str, name: str) -> tuple[str, list[str]]:
+    """served, served with remark or refused, on one accelerator; and why, in sentences."""
+    hardware = accelerator.for_name(name)
+    task = "retrieval.passage" if model_id == JINA_V3 else None
+    findings = compatibility.check(files(model_id), hardware, task=task)
+    if refused := [f.message for f in findings if f.outcome == REFUSED]:
+        return "refused", refused
+    answers = {"accelerator": name, "components": []}
+    if problem := sizing.problem(catalog.resolve(model_id, "latest"), answers):
+        return "refused", [str(problem)]
+    said = [f.message for f in findings if f.outcome in (FIXED, WARNED)]
+    return ("served with remark" if said else "served"), said
+
+
+def markdown() -> str:
+    """One row per model, one column per accelerator, and the remarks below."""
+    names = accelerator.names()
+    notes: dict[str, int] = {}
+    rows = []
+    for model_id in MODEL_IDS:
+        cells = []
+        for name in names:
+            outcome, said = remarks(model_id, name)
+            said = [
+                sentence.replace("retrieval.passage", "of the chosen task") for sentence in said
+            ]
+            numbers = [notes.setdefault(sentence, len(notes) + 1) for sentence in said]
+            sign = "no" if outcome == "refused" else "yes"
+            cells.append(" ".join([sign, *(f"[{number}]" for number in numbers)]))
+        rows.append(f"| {model_id} | {' | '.join(cells)} |")
+    head = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    return "\n".join([*head, *rows, "", *(f"[{n}] {sentence}  " for sentence, n in notes.items())])
+
+
+def readme(text: str) -> str:
+    """README.md with the table as it is now.
+
+    Raises: ValueError when its marks are not there.
+    """
+    pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"README.md has no place for the table: {BEGIN} … {END}")
+    return pattern.sub(lambda _: f"{BEGIN}\n{markdown()}\n{END}", text)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--write"]:
+        README.write_text(readme(README.read_text()))
+    else:
+        print(markdown())
