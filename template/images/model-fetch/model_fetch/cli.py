@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,7 +29,6 @@ from .run import check, make_ready, resolve
 from .settings import MIB, Settings
 from .stop import Stop
 
-PREFIX = "MODEL_FETCH_"
 GRACE = 1.5  # seconds from a signal until the process ends, whatever it was doing
 
 DESCRIPTION = """\
@@ -157,15 +157,98 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {one_line(message)}: see {self.prog} --help\n")
 
 
-def _number(low: float, high: float, kind: type = float) -> Any:
-    def convert(text: str) -> Any:
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+@dataclass(frozen=True, slots=True)
+class _Option:
+    """An option that can also be given as an environment variable."""
+
+    name: str
+    metavar: str
+    default: str | None
+    help: str
+    kind: type = str
+    low: float = 0
+    high: float = 0
+    choices: tuple[str, ...] | None = None
+
+    def parse(self, text: str) -> Any:
+        """The value of `text`; raises what argparse expects."""
+        if self.kind is str:
+            return text
+        try:
+            value = self.kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {_KINDS[self.kind]}") from None
+        if not self.low <= value <= self.high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {self.low:g} to {self.high:g}")
         return value
 
-    convert.__name__ = "whole number" if kind is int else "number"
-    return convert
+
+_KINDS: dict[type, str] = {int: "whole number", float: "number"}
+_DAY = 86_400.0
+
+OPTIONS: dict[str, tuple[_Option, ...]] = {
+    "places": (
+        _Option("pin", "FILE", "/etc/model/pin.json", "the pin, a JSON file"),
+        _Option("cache", "FOLDER", "/cache", "volume to fetch to; '' when all is mounted"),
+        _Option("link", "PATH", "/model/current", "link to the ready model, for TEI"),
+        _Option("mount", "FOLDER", None, "where MLflow's artifact store is mounted, if it is"),
+    ),
+    "transfer": (
+        _Option("connections", "N", "8", "connections at a time", int, 1, 64),
+        _Option(
+            *("chunk-size", "MIB", "8", "size of a request; what a kill can cost per connection"),
+            *(float, 1 / 64, 1024),
+        ),
+        _Option("retries", "N", "8", "failures in a row until a chunk is given up", int, 0, 1000),
+        _Option(
+            *("attempts", "N", "3", "times to fetch a file whose verification fails"),
+            *(int, 1, 100),
+        ),
+        _Option(
+            *("timeout", "S", "60", "seconds without a byte until a connection counts as dead"),
+            *(float, 0.1, _DAY),
+        ),
+        _Option(
+            *("digests", "WHEN", "always", "SHA-256 of every file, or where it is pinned alone"),
+            choices=("always", "pinned"),
+        ),
+    ),
+    "sharing and pruning": (
+        _Option(
+            *("lock-timeout", "S", "3600", "seconds to wait for another process that fetches"),
+            *(float, 0, 10 * _DAY),
+        ),
+        _Option(
+            *(
+                "lease",
+                "S",
+                "20",
+                "seconds without a sign of life until a holder elsewhere is dead",
+            ),
+            *(float, 0.5, 3600),
+        ),
+        _Option("keep", "N", None, "other versions to keep; all when not given", int, 0, 1000),
+        _Option(
+            *("keep-hours", "H", "24", "never prune a version that was started within this time"),
+            *(float, 0, 87_600),
+        ),
+    ),
+    "telling": (
+        _Option(
+            *("log-format", "FORMAT", "text", "lines of text, or of JSON"),
+            choices=("text", "json"),
+        ),
+        _Option("interval", "S", "5", "seconds between two lines of progress", float, 0.1, 3600),
+        _Option(
+            *("termination-log", "FILE", "/dev/termination-log"),
+            "file for the last line, which Kubernetes shows",
+        ),
+    ),
+}
+FLAGS = {
+    "no-sync": "do not wait for the disk: faster, and not safe against power cuts",
+    "debug": "show where an error came from",
+}
 
 
 def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
@@ -175,144 +258,20 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-
-    def add(
-        group: argparse._ArgumentGroup, name: str, default: Any, help: str, **more: Any
-    ) -> None:
-        variable = PREFIX + name.upper().replace("-", "_")
-        shown = "" if default in (None, "") else f" [{default}]"
-        if more.get("action") == "store_true":
-            default = environ.get(variable, "").lower() in ("1", "true", "yes")
-            group.add_argument(f"--{name}", default=default, help=help, **more)
-            return
-        value = environ.get(variable) or default
-        more.setdefault("metavar", "X")
-        group.add_argument(
-            f"--{name}", default=None if value is None else str(value), help=help + shown, **more
-        )
-
-    places = parser.add_argument_group("places")
-    add(places, "pin", "/etc/model/pin.json", "the pin, a JSON file", metavar="FILE")
-    add(places, "cache", "/cache", "volume to fetch to; '' when all is mounted", metavar="FOLDER")
-    add(places, "link", "/model/current", "link to the ready model, for TEI", metavar="PATH")
-    add(
-        places,
-        "mount",
-        None,
-        "where MLflow's artifact store is mounted, if it is",
-        metavar="FOLDER",
-    )
-
-    transfer = parser.add_argument_group("transfer")
-    add(transfer, "connections", 8, "connections at a time", type=_number(1, 64, int), metavar="N")
-    add(
-        transfer,
-        "chunk-size",
-        8,
-        "MiB per request; what a kill can cost per connection",
-        type=_number(1 / 64, 1024),
-        metavar="MIB",
-    )
-    add(
-        transfer,
-        "retries",
-        8,
-        "failures in a row until a chunk is given up",
-        type=_number(0, 1000, int),
-        metavar="N",
-    )
-    add(
-        transfer,
-        "attempts",
-        3,
-        "times to fetch a file whose verification fails",
-        type=_number(1, 100, int),
-        metavar="N",
-    )
-    add(
-        transfer,
-        "timeout",
-        60,
-        "seconds without a byte until a connection is dead",
-        type=_number(0.1, 86400),
-        metavar="S",
-    )
-    add(
-        transfer,
-        "digests",
-        "always",
-        "compute SHA-256 of all files, or only of those pinned with one",
-        choices=("always", "pinned"),
-        metavar="WHEN",
-    )
-    add(
-        transfer,
-        "no-sync",
-        False,
-        "do not wait for the disk: faster, not safe against power cuts",
-        action="store_true",
-    )
-
-    sharing = parser.add_argument_group("sharing and pruning")
-    add(
-        sharing,
-        "lock-timeout",
-        3600,
-        "seconds to wait for another process that fetches",
-        type=_number(0, 864000),
-        metavar="S",
-    )
-    add(
-        sharing,
-        "lease",
-        20,
-        "seconds without a sign of life until a holder on another machine is dead",
-        type=_number(0.5, 3600),
-        metavar="S",
-    )
-    add(
-        sharing,
-        "keep",
-        None,
-        "other versions to keep; all when not given",
-        type=_number(0, 1000, int),
-        metavar="N",
-    )
-    add(
-        sharing,
-        "keep-hours",
-        24,
-        "never prune a version started within this time",
-        type=_number(0, 87600),
-        metavar="H",
-    )
-
-    telling = parser.add_argument_group("telling")
-    add(
-        telling,
-        "log-format",
-        "text",
-        "lines of text, or of JSON",
-        choices=("text", "json"),
-        metavar="FORMAT",
-    )
-    add(
-        telling,
-        "interval",
-        5,
-        "seconds between two lines of progress",
-        type=_number(0.1, 3600),
-        metavar="S",
-    )
-    add(
-        telling,
-        "termination-log",
-        "/dev/termination-log",
-        "file for the last line, shown by Kubernetes",
-        metavar="FILE",
-    )
-    add(telling, "debug", False, "show where an error came from", action="store_true")
-
+    for title, options in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for option in options:
+            group.add_argument(
+                f"--{option.name}",
+                metavar=option.metavar,
+                default=environ.get(_variable(option.name)) or option.default,
+                type=option.parse,
+                choices=option.choices,
+                help=option.help + (f" [{option.default}]" if option.default else ""),
+            )
+    for name, text in FLAGS.items():
+        on = environ.get(_variable(name), "").lower() in ("1", "true", "yes")
+        group.add_argument(f"--{name}", action="store_true", default=on, help=text)
     parser.add_argument(
         "--verify",
         action="store_true",
@@ -320,6 +279,10 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"model-fetch {__version__}")
     return parser
+
+
+def _variable(option: str) -> str:
+    return "MODEL_FETCH_" + option.upper().replace("-", "_")
 
 
 if __name__ == "__main__":

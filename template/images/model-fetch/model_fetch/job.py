@@ -42,6 +42,7 @@ class Job:
         self.journal: Journal | None = None
         self.follower: Follower | None = None
         self.fd = -1
+        self.probing = self.ranges = False
         self._retired: list[Journal | int] = []
         self._begin(self._known() or Progress(chunk_size), whole=False)
 

@@ -6,6 +6,8 @@ it hands out in their temporary folder, for ever.
 
 from __future__ import annotations
 
+import errno
+import json
 import shutil
 import ssl
 import threading
@@ -199,7 +201,7 @@ class Presigned(Signed):
         if self._run_id is None:
             request = Request(f"{self._uri}{API}/mlflow-artifacts/presigned/{quote(path)}")
         else:
-            body = b'{"run_id": "%s", "path": %s}' % (self._run_id.encode(), _json_bytes(path))
+            body = json.dumps({"run_id": self._run_id, "path": path}).encode()
             request = Request(
                 f"{self._uri}{API}/mlflow/artifacts/presigned-download-url",
                 {"Content-Type": "application/json"},
@@ -299,11 +301,16 @@ class ClientStore(Source):
         self.name = f"MLflow's client from {place(artifact_uri)}"
 
     def check(self) -> None:
-        return
+        try:
+            import mlflow.artifacts  # noqa: F401 - 1 s and 80 MB, so only for these stores
+        except ImportError:
+            raise ConfigurationError(
+                f"{place(self._uri)} needs MLflow's client: build the image with it"
+            ) from None
 
     def download(self, file: PinnedFile, target: Path) -> None:
         """Puts one file at `target`, by way of a private folder beside it."""
-        import mlflow.artifacts  # about 1 s and 80 MB, so only for these stores
+        import mlflow.artifacts
         from mlflow.exceptions import MlflowException
 
         private = target.with_name(target.name + ".client")
@@ -315,7 +322,7 @@ class ClientStore(Source):
             )
             shutil.move(got, target)
         except (MlflowException, ImportError, OSError, ValueError) as error:
-            if isinstance(error, OSError) and error.errno is not None and error.filename:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise UnreachableError(
                 f"{self.name} gives no {file.source} ({type(error).__name__}): check the store's "
@@ -409,9 +416,3 @@ def origin_text(url: str) -> str:
     """`http://host:port`, without user, path or query."""
     scheme, host, port = origin(url)
     return f"{scheme}://{host}:{port}"
-
-
-def _json_bytes(text: str) -> bytes:
-    import json
-
-    return json.dumps(text).encode()

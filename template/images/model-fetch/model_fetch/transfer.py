@@ -82,8 +82,10 @@ class Transfer:
             self._ended.set()
             for follower in self._followers:
                 follower.cancel()
-            for joinable in (*threads, *self._followers):
-                joinable.join()
+            for thread in threads:
+                thread.join()
+            for follower in self._followers:
+                follower.join()
             for job in self._jobs:
                 job.close()
         return {job.file.path: job.sha256 for job in self._jobs}

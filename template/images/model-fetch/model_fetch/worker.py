@@ -150,7 +150,7 @@ class Worker:
             )
         after = getattr(reason, "after", None)
         if after is None:
-            after = min(0.1 * 2**failures, MAX_BACKOFF) * random.uniform(0.5, 1.0)
+            after = min(0.1 * 2**failures, MAX_BACKOFF) * random.uniform(0.5, 1.0)  # noqa: S311
         self._stop.sleep(min(after, MAX_RETRY_AFTER))
 
 

@@ -258,12 +258,14 @@ def over_tls(store: Store, certificate: Path) -> Iterator[str]:
 
     def serve_one(raw: socket.socket) -> None:
         try:
-            with context.wrap_socket(raw, server_side=True) as client:
-                with socket.create_connection(("127.0.0.1", store.port)) as server:
-                    back = threading.Thread(target=pump, args=(server, client), daemon=True)
-                    back.start()
-                    pump(client, server)
-                    back.join()
+            with (
+                context.wrap_socket(raw, server_side=True) as client,
+                socket.create_connection(("127.0.0.1", store.port)) as server,
+            ):
+                back = threading.Thread(target=pump, args=(server, client), daemon=True)
+                back.start()
+                pump(client, server)
+                back.join()
         except OSError:
             pass
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import random
 import threading
@@ -45,7 +46,7 @@ def test_a_stream_passes_the_end_of_every_chunk_once(
 ) -> None:
     plan = Plan(size, chunk_size)
     stops = sorted({0, size, *(cut for cut in cuts if cut < size)})
-    passed = [i for a, b in zip(stops, stops[1:], strict=False) for i in plan.ends_within(a, b)]
+    passed = [i for a, b in itertools.pairwise(stops) for i in plan.ends_within(a, b)]
     assert passed == list(range(len(plan)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import json
 import os
 import signal
@@ -145,7 +146,7 @@ def hold(path: Path, **more):
     settings = {
         "lease": 0.4,
         "timeout": 5.0,
-        "console": Console(stream=open(os.devnull, "w")),
+        "console": Console(stream=io.StringIO()),
         "stop": Stop(),
         "done": lambda: False,
         "progress": lambda: 0,

@@ -202,9 +202,11 @@ class TestPruning:
         import mmap
 
         self.versions(pod, model, {"1": 900, "2": 900, "3": 0})
-        with (pod.version_folder("1") / "model.safetensors").open("rb") as stream:
-            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ):
-                assert pod.run(model, None, "--keep", "0").code == 0
+        with (
+            (pod.version_folder("1") / "model.safetensors").open("rb") as stream,
+            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ),
+        ):
+            assert pod.run(model, None, "--keep", "0").code == 0
         assert self.left(pod) == ["1", "3"]
 
     def test_a_locked_version_is_kept(self, pod: Pod, model: PinnedModel) -> None:
