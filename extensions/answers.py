@@ -78,7 +78,7 @@ RULES: dict[str, Rule] = {
     ),
     "project_description": Rule(
         "a description: use one line of at most 200 printable characters",
-        r"[^\x00-\x1f]*",
+        r"\S(.*\S)?",
         longest=200,
     ),
     "accelerator": Rule(choices=accelerator.names),

@@ -155,7 +155,8 @@ def _parsed_facts(mapping: object) -> Facts:
         for text in item
     ):
         raise ConfigurationError("pin.facts is not complete: resolve the pin again.")
-    return Facts(**(values | {"prompts": prompts}))
+    # The answers file sorts its keys: what is rendered must not depend on another order.
+    return Facts(**(values | {"prompts": dict(sorted(prompts.items()))}))
 
 
 # Resolving

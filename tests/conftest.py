@@ -54,10 +54,14 @@ def no_registry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def render(template: Path, tmp_path: Path) -> Render:
-    """Render the template with these answers, over the defaults; returns the new repository."""
+    """Render the template with these answers, over the defaults; returns the new repository.
+
+    `program=False` leaves out model-fetch's program, which is the same for all answers: Copier
+    starts a Git process per file.
+    """
     count = iter(range(1_000_000))
 
-    def run(destination: Path | None = None, **answers: Any) -> Path:
+    def run(destination: Path | None = None, program: bool = True, **answers: Any) -> Path:
         target = destination or tmp_path / f"rendered-{next(count)}"
         copier.run_copy(
             str(template),
@@ -67,6 +71,7 @@ def render(template: Path, tmp_path: Path) -> Render:
             unsafe=True,
             quiet=True,
             overwrite=True,
+            exclude=[] if program else ["images/model-fetch/model_fetch", "images/model-fetch/tests"],
         )
         return target
 

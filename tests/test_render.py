@@ -1,0 +1,172 @@
+"""Every model on every accelerator and platform: files that agree, read well, and come out the same again."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from copier.errors import UserMessageError
+
+from extensions import accelerator, catalog
+from tests.conftest import Render, pinned
+
+PLATFORMS = ("kubernetes", "thinkube")
+STORAGES = ("pvc", "ephemeral", "mount")
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {
+        "components": ["monitoring", "autoscaling-keda", "gateway", "network-policy"],
+        "replicas": "2",
+    },
+    {"components": ["ingress", "api-key", "gpu-toleration"], "mlflow_auth": "keycloak"},
+    {
+        "components": ["monitoring", "autoscaling-hpa"],
+        "mlflow_auth": "basic",
+        "runtime_class_name": "nvidia",
+    },
+)
+CASES = [
+    pytest.param(model, gpu, platform, id=f"{model.rpartition('/')[2]}-{gpu}-{platform}")
+    for model, gpu, platform in itertools.product(catalog.load(), accelerator.names(), PLATFORMS)
+]
+
+
+@pytest.mark.parametrize(("model", "gpu", "platform"), CASES)
+def test_a_repository_agrees_with_itself(
+    render: Render, model: str, gpu: str, platform: str
+) -> None:
+    number = sum(map(ord, model + gpu + platform))
+    answers = OPTIONS[number % len(OPTIONS)] | {"model_storage": STORAGES[number % len(STORAGES)]}
+    pin = pinned(model)
+    try:
+        asked = {"model_id": model, "accelerator": gpu, "platform": platform, "pin": pin} | answers
+        project = render(program=False, **asked)
+    except UserMessageError as refusal:
+        one_sentence_that_names(str(refusal), model, gpu)
+        return
+
+    stored = yaml.safe_load((project / ".copier-answers.yml").read_text())
+    assert stored["pin"] == pin
+    assert json.loads((project / "k8s/base/pin.json").read_text()) == pin
+    agrees(project, stored)
+    for path in texts(project):
+        reads_well(path, project)
+    if number % 5 == 0:
+        again = render(program=False, **{k: v for k, v in stored.items() if k[0] != "_"})
+        assert tree(again) == tree(project)
+
+
+def one_sentence_that_names(text: str, model: str, gpu: str) -> None:
+    assert "\n" not in text
+    assert text.endswith(".")
+    assert model in text or accelerator.for_name(gpu).title in text or gpu in text
+
+
+def texts(project: Path) -> Iterator[Path]:
+    """All files that the template rendered, without what it copies as it is."""
+    for path in sorted(project.rglob("*")):
+        copied = "model_fetch" in path.parts or "tests" in path.parts
+        if path.is_file() and not copied and path.suffix not in (".pyc", ".png"):
+            yield path
+
+
+def tree(project: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(project)): p.read_bytes() for p in project.rglob("*") if p.is_file()}
+
+
+def reads_well(path: Path, project: Path) -> None:
+    """No residue of the template, and nothing that a person would not have written."""
+    text = path.read_text()
+    name = str(path.relative_to(project))
+    assert text.endswith("\n"), name
+    assert not text.startswith("\n"), name
+    assert not text.endswith("\n\n"), name
+    if not name.startswith("images/model-fetch/"):
+        longest_gap = max((len(gap) - 1 for gap in re.findall("\n{2,}", text)), default=0)
+        assert longest_gap <= (2 if name.endswith(".py") else 1), name
+    assert not re.search(r"[ \t]$", text, re.MULTILINE), name
+    assert not re.search(r"\{%|%\}|\{#|\bundefined\b|\.jinja\b", text), name
+    # Prometheus and Grafana have templates of their own, with $ or a label's name in them.
+    foreign = name.startswith("monitoring/") or "components/monitoring" in name
+    assert foreign or not re.search(r"\{\{|\}\}", text.replace("}}}", "")), name
+    if path.suffix in (".yaml", ".yml"):
+        list(yaml.safe_load_all(text))
+    if path.suffix == ".json":
+        json.loads(text)
+    if text.startswith("#!") and "sh" in text.split("\n", 1)[0]:
+        subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+def agrees(project: Path, stored: dict[str, Any]) -> None:
+    """What several files say, they say alike."""
+    registry, name = stored["container_registry"], stored["project_name"]
+    kustomization = yaml.safe_load((project / "k8s/kustomization.yaml").read_text())
+    compose = yaml.safe_load((project / "compose.yaml").read_text())
+    makefile = (project / "Makefile").read_text()
+    deployment = yaml.safe_load((project / "k8s/base/deployment.yaml").read_text())
+    service = yaml.safe_load((project / "k8s/base/service.yaml").read_text())
+    readme = (project / "README.md").read_text()
+
+    images = {i["name"]: f"{i['newName']}:{i['newTag']}" for i in kustomization["images"]}
+    assert images["model-fetch"].startswith(f"{registry}/{name}-model-fetch:")
+    assert compose["services"]["model-fetch"]["image"] == images["model-fetch"]
+    assert compose["services"]["tei"]["image"].split("@")[0] == images["tei"]
+    assert f"MODEL_FETCH_IMAGE ?= {images['model-fetch']}\n" in makefile
+    assert f"TEI_IMAGE ?= {images['tei']}" in (project / "images/tei/tei.mk").read_text()
+
+    pod = deployment["spec"]["template"]["spec"]
+    (fetch,), (tei,) = pod["initContainers"], pod["containers"]
+    assert "--pin=/etc/model/pin.json" in fetch["args"]
+    assert "--model-id=/model/current" in tei["args"]
+    assert tei["args"] == compose["services"]["tei"]["command"]
+    assert f"--served-model-name={stored['pin']['model_id']}" in tei["args"]
+    assert tei["ports"] == [{"name": "http", "containerPort": 8355}]
+    assert "--port=8355" in tei["args"]
+    assert service["spec"]["ports"][0]["port"] == 8355
+    assert compose["services"]["tei"]["ports"] == ["127.0.0.1:8355:8355"]
+    assert kustomization["namespace"] == stored["namespace"]
+    platform = compose["services"]["tei"]["platform"]
+    assert pod["nodeSelector"]["kubernetes.io/arch"] == platform.removeprefix("linux/")
+    for argument in tei["args"]:
+        assert f"`{argument.split('=')[0]}`" in readme, argument
+    assert (
+        f"| Version | {stored['pin']['version']} of `{stored['pin']['registered_model']}`" in readme
+    )
+
+
+@pytest.mark.parametrize("model", catalog.load())
+def test_without_a_registry_the_version_is_left_to_the_cluster(render: Render, model: str) -> None:
+    answers = {"accept_license": True} if "jina-embeddings-v3" in model else {}
+    project = render(model_id=model, model_version="@champion", **answers)
+
+    pin = json.loads((project / "k8s/base/pin.json").read_text())
+    assert (pin["version"], pin["selector"], pin["files"]) == (None, "@champion", [])
+    assert pin["model_id"] == model
+    assert "no registry was at hand" in (project / "README.md").read_text()
+
+
+def test_the_default_answers_are_those_of_a_dgx_spark(render: Render) -> None:
+    stored = yaml.safe_load((render() / ".copier-answers.yml").read_text())
+
+    assert (stored["accelerator"], stored["image_platform"]) == ("gb10", "linux/arm64")
+    assert stored["replicas"] == "1"
+    assert stored["components"] == []
+
+
+def test_every_question_has_a_help_that_asks_and_a_default() -> None:
+    """Copier ignores a misspelled key without a word."""
+    known = {"type", "help", "choices", "default", "validator", "ask", "when", "multiselect"}
+    config = yaml.safe_load((Path(__file__).parent.parent / "copier.yml").read_text())
+    questions = {name: q for name, q in config.items() if not name.startswith("_")}
+    for name, question in questions.items():
+        assert set(question) <= known, name
+        assert "default" in question, name
+        hidden = name in ("pin", "answers_agree")
+        assert hidden or re.search(r"\?( \(|$)", question["help"]), name
