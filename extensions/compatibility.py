@@ -8,7 +8,7 @@ says where it is from. "TEI" with a file name is huggingface/text-embeddings-inf
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -202,7 +202,20 @@ def check(
             folder.
     """
     model = Model(files, task, pooling)
-    rules = JINA_V3_RULES if model.is_jina_v3 else RULES
+    return _run(JINA_V3_RULES if model.is_jina_v3 else RULES, model, hardware)
+
+
+def check_hardware(model_type: str, hardware: Hardware) -> list[Finding]:
+    """The rules that need no more of a model than its `model_type`, for when its files are not at hand.
+
+    Args: model_type: of config.json; nomic_bert for a converted jina-embeddings-v3.
+    """
+    config = {"model_type": model_type, "architectures": ["Model"]}
+    rules = [rule for rule in RULES if rule.look in (_architecture, _causal, _overflow)]
+    return _run(rules, Model({"config.json": config}), hardware)
+
+
+def _run(rules: Iterable[Rule], model: Model, hardware: Hardware | None) -> list[Finding]:
     findings: list[Finding] = []
     for rule in rules:
         if not rule.applies(model):

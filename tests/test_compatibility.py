@@ -422,6 +422,14 @@ def test_an_architecture_that_needs_other_hardware(kind):
         assert (on_gb10, on_cpu) == ({}, {"architecture": REFUSED})
 
 
+@pytest.mark.parametrize("hardware", [GB10, T4, CPU])
+@pytest.mark.parametrize("model_id", [m for m in MODEL_IDS if m != JINA_V3])
+def test_what_hardware_decides_needs_no_files(model_id, hardware):
+    model_type = configs(model_id)["config.json"]["model_type"]
+    alone = compatibility.check_hardware(model_type, hardware)
+    assert unusual(alone) == unusual(compatibility.check(files(model_id), hardware))
+
+
 def test_a_roberta_has_fewer_positions_than_it_says():
     model = files(BGE)
     model["config.json"] |= {"model_type": "xlm-roberta", "max_position_embeddings": 514}

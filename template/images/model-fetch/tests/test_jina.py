@@ -98,7 +98,21 @@ def test_all_layouts_give_the_same_bytes_in_float16(sources, tmp_path):
         numpy.testing.assert_allclose(third[name], values, rtol=1e-3, atol=1e-6, err_msg=name)
 
 
-def test_published_sizes(monkeypatch):
+@pytest.mark.parametrize("prefix", ["roberta.", "base_model.model.", "base_model.model.roberta."])
+def test_names_may_have_what_libraries_put_in_front(hf_source, tmp_path, prefix):
+    def rename(stored: dict) -> None:
+        for name in list(stored):
+            stored[prefix + name] = stored.pop(name)
+
+    change_tensors(hf_source, rename)
+    change_tensors(hf_source / "separation", rename, "adapter_model.safetensors")
+    jina.convert(hf_source, "separation", tmp_path / "out", dtype="float32")
+    written = checkpoints.read_safetensors(tmp_path / "out/model.safetensors")
+    for name, values in checkpoints.merged(CHECKPOINT, "separation").items():
+        numpy.testing.assert_allclose(written[name], values, rtol=0, atol=1e-6, err_msg=name)
+
+
+def test_published_sizes():
     """The real model: 292 tensors, 558,314,496 parameters, counted in the published checkpoint."""
     published = CHECKPOINT.config | {
         "hidden_size": 1024,
