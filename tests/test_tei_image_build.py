@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 pytest_plugins = ["tests.containers.engine", "tests.containers.renders"]
 
 STANDIN = Path(__file__).parent / "containers/standin"
-PACKAGES = "ca-certificates,gcc,git,libc6-dev,libssl-dev,openssl,pkg-config"
+PACKAGES = "ca-certificates,curl,gcc,git,libc6-dev,libssl-dev,openssl,pkg-config"
 ARCHITECTURE = {"x86_64": "amd64", "aarch64": "arm64"}[platform.machine()]
 
 RUNTIME = """\
@@ -130,6 +130,7 @@ def _arguments(bases: Bases, served: Mirrors, **changes: str) -> list[str]:
         "GIT_BASE_URL": served.git,
         "CRATES_INDEX": served.crates,
         "APT_MIRROR": served.apt,
+        "SWAGGER_UI_DOWNLOAD_URL": served.page,
         "TEI_REF": served.tei_ref,
         "RUST_VERSION": served.rust,
         "RAYON_NUM_THREADS": "3",
@@ -232,7 +233,7 @@ def test_nvcc_is_told_the_architecture_once_for_both_builds(
     with _running(engine, built.name, gpu) as (_, lines):
         # What the dependency stage compiled; the program stage takes it as it is.
         nvcc = "nvcc --gpu-architecture=sm_121 --gpu-architecture=sm_121a (3 at a time)"
-        assert f"kernels=with cutlass by {nvcc} small=42 tls=true" in lines
+        assert f"kernels=with cutlass and page by {nvcc} small=42 tls=true" in lines
     assert built.log.count("Compiling kernels v0.8.4") == 1
     pruned = "nvprune --generate-code code=sm_120 --generate-code code=sm_121 "
     assert f"{pruned}/usr/local/cuda/lib64/libcublas_static.a" in built.log

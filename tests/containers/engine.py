@@ -50,9 +50,9 @@ class Engine:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
+        done.stdout = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
         if check and done.returncode:
             raise AssertionError(f"docker {' '.join(map(str, arguments))}\n{done.stdout[-4000:]}")
-        done.stdout = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
         return done
 
     def has(self, image: str) -> bool:

@@ -1,7 +1,8 @@
 """A company's mirrors on loopback, and behind them a small project that stands in for TEI.
 
 The project has what makes TEI's build hard to redirect: a crate from the index, a crate from a git
-repository on GitHub, and in that a submodule on GitHub. It links OpenSSL and, for a GPU, CUDA.
+repository on GitHub, in that a submodule on GitHub, and a build script that downloads. It links OpenSSL
+and, for a GPU, CUDA.
 """
 
 from __future__ import annotations
@@ -85,6 +86,10 @@ use std::process::Command;
 fn main() {
     let cutlass = std::fs::read_to_string("cutlass/cutlass.h").expect("cutlass is not there");
     let mut built = format!("with {}", cutlass.trim());
+    println!("cargo:rerun-if-env-changed=SWAGGER_UI_DOWNLOAD_URL");
+    let page = std::env::var("SWAGGER_UI_DOWNLOAD_URL").unwrap_or("https://github.com/page".into());
+    let fetched = Command::new("curl").args(["-sSfL", &page]).output().expect("curl is not there");
+    built += &format!(" and {}", String::from_utf8(fetched.stdout).unwrap().trim());
     if std::env::var("CARGO_FEATURE_CUDA").is_ok() {
         let cap: usize = std::env::var("CUDA_COMPUTE_CAP").unwrap().parse().expect("Could not parse code");
         let nvcc = Command::new("nvcc").arg(format!("--gpu-architecture=sm_{cap}")).output().unwrap();
@@ -132,6 +137,9 @@ class Mirrors:
 
     tei_ref: str
     """The commit of the stand-in for TEI."""
+
+    page: str
+    """What TEI's build script would fetch from GitHub with curl."""
 
     moved_tei: str
     """Path below `git` of a repository that has another commit of it."""
@@ -301,6 +309,7 @@ def mirrors(folder: Path) -> Iterator[Mirrors]:
 
         _crate(http, http_url)
         _apt(http / "apt")
+        (http / "page.zip").write_text("page\n")
         _commit(repository("NVIDIA/cutlass", {"cutlass.h": "cutlass\n"}), environment)
         kernels = repository(
             "huggingface/candle",
@@ -347,6 +356,7 @@ def mirrors(folder: Path) -> Iterator[Mirrors]:
             crates=f"sparse+{http_url}/index/",
             apt=f"{http_url}/apt",
             tei_ref=_commit(tei, environment),
+            page=f"{http_url}/page.zip",
             moved_tei="moved/text-embeddings-inference",
             rust=rust,
         )
