@@ -422,7 +422,9 @@ def tei_resources(facts: Facts, gpu: Accelerator, memory: Memory, workers: int) 
     allocations to the pod is not settled, so the limit holds them, once. The pages of the mapped
     weights are charged too, so they are counted where the weights end up elsewhere.
     """
-    tokenizers = workers * (facts.vocab_size or _DEFAULT_VOCABULARY) * _BYTES_PER_TOKEN_OF_VOCABULARY
+    tokenizers = (
+        workers * (facts.vocab_size or _DEFAULT_VOCABULARY) * _BYTES_PER_TOKEN_OF_VOCABULARY
+    )
     host = _PROCESS_BYTES + tokenizers
     parts = [f"{_mib(host)} MiB for TEI and {workers} tokenizers"]
     if gpu.is_gpu:
@@ -566,7 +568,11 @@ def _flags(
     )
     yield Flag("--dtype", dtype, _dtype_reason(facts, gpu, dtype))
     longest = facts.max_input_tokens or served
-    cut = f"; inputs are cut at {served:,} of the model's {longest:,} tokens" if served < longest else ""
+    cut = (
+        f"; inputs are cut at {served:,} of the model's {longest:,} tokens"
+        if served < longest
+        else ""
+    )
     yield Flag(
         "--max-batch-tokens",
         str(batch_tokens),

@@ -23,7 +23,13 @@ def test_no_row_is_refused_and_every_possible_pair_is_there() -> None:
 
     found = rows(AXES, allowed)
     assert all(allowed(row) for row in found)
-    assert {(row["a"], row["b"]) for row in found} == {(1, "x"), (1, "y"), (2, "x"), (2, "y"), (3, "x")}
+    assert {(row["a"], row["b"]) for row in found} == {
+        (1, "x"),
+        (1, "y"),
+        (2, "x"),
+        (2, "y"),
+        (3, "x"),
+    }
 
 
 def test_the_rows_are_the_same_each_time() -> None:

@@ -92,7 +92,9 @@ class Stub:
         length = 0.5 if self.fault == "not normalised" else 1.0
         norm = math.hypot(*values) / length
         # JSON and base64 carry the same 32-bit numbers.
-        return list(struct.unpack(f"<{size}f", struct.pack(f"<{size}f", *(v / norm for v in values))))
+        return list(
+            struct.unpack(f"<{size}f", struct.pack(f"<{size}f", *(v / norm for v in values)))
+        )
 
     def tokens(self, text: str) -> int:
         """Words, and the two special tokens."""
@@ -159,7 +161,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.stub.used.add("te_request_failure")
             status = 413 if stub.fault == "other status" else 422
             limit = stub.max_client_batch_size
-            return status, f"batch size {len(texts)} > maximum allowed batch size {limit}", "Validation"
+            return (
+                status,
+                f"batch size {len(texts)} > maximum allowed batch size {limit}",
+                "Validation",
+            )
         if not truncate and any(stub.tokens(t) > stub.max_input_length for t in texts):
             self.stub.used.add("te_request_failure")
             return 422, f"`inputs` must have less than {stub.max_input_length} tokens", "Validation"

@@ -1,0 +1,313 @@
+"""Numbers for TEI and its pod, against what was computed by hand from the rules' own words."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import ceil
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from extensions import accelerator, catalog, sizing
+from extensions.embedding_model import Facts
+from extensions.errors import ConfigurationError, UnsuitableModelError
+from extensions.pin import Pin
+
+GIB = 1 << 30
+
+ANSWERS: dict[str, Any] = {
+    "accelerator": "gb10",
+    "image_platform": "linux/arm64",
+    "project_name": "text-embeddings",
+    "namespace": "text-embeddings",
+    "container_registry": "registry.example.com",
+    "model_storage": "pvc",
+    "mlflow_tracking_uri": "http://mlflow.mlflow.svc.cluster.local:5000",
+    "mlflow_auth": "none",
+    "replicas": "1",
+    "components": [],
+    "pooling": "auto",
+    "tei_image": "build",
+    "tei_ref": "0d124dc9773be6ac5a9a57d8439aba9bbbf33273",
+}
+
+
+def plan(model_id: str, name: str, **changes: Any) -> sizing.Plan:
+    pin = catalog.resolve(model_id, "latest")
+    platform = accelerator.for_name(name).platforms[0]
+    more = {"accelerator": name, "image_platform": platform}
+    return sizing.plan(pin, ANSWERS | more | changes)
+
+
+# By hand. Per token: bytes of a number x (12 hidden + 6 intermediate); without flash attention also
+# 3 x bytes x heads x longest input. Weights: parameters x bytes of a number.
+TABLE = {
+    ("BAAI/bge-base-en-v1.5", "l4"): {
+        "dtype": "float16",
+        "max_batch_tokens": 16384,
+        "served_input_tokens": 512,
+        # 109,482,240 x 2 | 16,384 x 2 x (9,216 + 18,432) | CUDA
+        "memory": sizing.Memory(218_964_480, 905_969_664, GIB),
+        # 512 MiB + 4 x 30,522 x 600 + 1 GiB = 1,683,865,536
+        "memory_request_mib": 7 * 256,
+        # 1,683,865,536 x 5/4 + 437,951,488 of weights on their way
+        "memory_limit_mib": 10 * 256,
+        "startup_failures": 26,  # 120 + 8.8 + 0.5 s
+        "request_seconds": 60,  # 2 x 109,482,240 x 500,000 / 20e12 = 5.5 s
+        "grace_seconds": 80,
+        "liveness_failures": 4,
+        "queue_target": 32,
+        "slo_seconds": 1,
+        "claim": sizing.Claim("text-embeddings-models-16gi", "ReadWriteOnce", 16),
+    },
+    ("Qwen/Qwen3-Embedding-4B", "gb10"): {
+        "dtype": "float16",
+        "max_batch_tokens": 40960,  # its own context
+        "served_input_tokens": 40960,
+        # 4,020,000,000 x 2 | 40,960 x 2 x (30,720 + 58,368) | CUDA: 15.3 of a quarter of 119 GiB
+        "memory": sizing.Memory(8_040_000_000, 7_298_088_960, GIB),
+        # 512 MiB + 4 x 151,665 x 600 + 1 GiB + the three above = 18,386,437,520
+        "memory_request_mib": 69 * 256,
+        "memory_limit_mib": 86 * 256,  # x 5/4
+        "startup_failures": 67,  # 120 + 160.8 + 49.4 s
+        "request_seconds": 210,  # 2 x 4.02e9 x 500,000 / 20e12 = 201 s
+        "grace_seconds": 230,
+        "liveness_failures": 8,
+        "queue_target": 80,
+        "slo_seconds": 10,
+        "claim": sizing.Claim("text-embeddings-models-32gi", "ReadWriteOnce", 32),
+    },
+    ("Alibaba-NLP/gte-large-en-v1.5", "cpu"): {
+        "dtype": "float32",
+        # 8,192: x (147,456 + 3 x 4 x 16 x 8,192) = 13.1 GiB; 4,096: x (147,456 + 3 x 4 x 16 x 4,096) = 3.6
+        "max_batch_tokens": 4096,
+        "served_input_tokens": 4096,
+        "memory": sizing.Memory(1_736_000_000, 3_825_205_248, 0),
+        # 512 MiB + 2 x 30,528 x 600 + the two above = 6,134,709,760
+        "memory_request_mib": 23 * 256,
+        "memory_limit_mib": 29 * 256,
+        "startup_failures": 31,  # 120 + 34.7 s
+        "request_seconds": 600,
+        "grace_seconds": 620,
+        "liveness_failures": 21,
+        "queue_target": 8,
+        "slo_seconds": 10,
+        "claim": sizing.Claim("text-embeddings-models-16gi", "ReadWriteOnce", 16),
+    },
+    ("Alibaba-NLP/gte-large-en-v1.5", "t4"): {
+        "dtype": "float16",
+        # 16,384: 868e6 + 16,384 x (73,728 + 3 x 2 x 16 x 8,192) + 1 GiB = 14.9 of 12.6 GiB; 8,192: 8.4
+        "max_batch_tokens": 8192,
+        "served_input_tokens": 8192,
+        "memory": sizing.Memory(868_000_000, 7_046_430_720, GIB),
+        # 512 MiB + 4 x 30,528 x 600 + 1 GiB = 1,683,879,936
+        "memory_request_mib": 7 * 256,
+        "memory_limit_mib": 15 * 256,  # x 5/4 + 1,736,000,000
+        "startup_failures": 32,  # 120 + 34.7 + 1.1 s
+        "request_seconds": 60,
+        "grace_seconds": 80,
+        "liveness_failures": 4,
+        "queue_target": 16,
+        "slo_seconds": 1,
+        "claim": sizing.Claim("text-embeddings-models-16gi", "ReadWriteOnce", 16),
+    },
+}
+
+
+@pytest.mark.parametrize(("model_id", "name"), TABLE)
+def test_the_numbers_are_those_computed_by_hand(model_id: str, name: str) -> None:
+    it = plan(model_id, name)
+    expected = TABLE[model_id, name]
+    found = {key: getattr(it.tei if key.startswith("memory_") else it, key) for key in expected}
+    assert found == expected
+
+
+def test_the_rule_for_memory_agrees_with_what_was_measured() -> None:
+    """bge-m3 (XLM-RoBERTa large): 568 million parameters, vocabulary of 250,002."""
+    facts = Facts(
+        architecture="xlm-roberta",
+        dimensions=1024,
+        max_input_tokens=8192,
+        parameters=567_754_752,
+        dtype="float32",
+        weights_bytes=2_271_019_008,
+        hidden_size=1024,
+        attention_heads=16,
+        intermediate_size=4096,
+        vocab_size=250_002,
+    )
+    # TEI's cpu-arm64-1.9.4: 6.2 GiB resident at 4,096 batch tokens.
+    cpu = accelerator.for_name("cpu")
+    memory = sizing.memory_needed(facts, cpu, 4096)
+    resources = sizing.tei_resources(facts, cpu, memory, workers=2)
+    assert 6.2 * 1024 <= resources.memory_request_mib <= 1.15 * 6.2 * 1024
+    # TEI's 121-1.9.4 on a Spark: 7 GB more in use with its defaults, 19 tokenizers among them.
+    gb10 = accelerator.for_name("gb10")
+    memory = sizing.memory_needed(facts, gb10, 16384)
+    resources = sizing.tei_resources(facts, gb10, memory, workers=19)
+    assert 7e9 <= resources.memory_request_mib * (1 << 20) <= 1.25 * 7e9
+
+
+def test_a_model_that_does_not_fit_says_what_does() -> None:
+    with pytest.raises(UnsuitableModelError) as refused:
+        plan("Qwen/Qwen3-Embedding-4B", "rtx-50")
+    text = str(refused.value)
+    # 8.04e9 + 2,048 x 178,176 + 1 GiB = 8.8 GiB; 90 % of 7 GiB
+    assert text.startswith(
+        "Qwen/Qwen3-Embedding-4B does not fit: it needs 8.8 GiB, NVIDIA GeForce RTX 50 has 6.3 GiB "
+        "to give; choose accelerator=gb10, "
+    )
+    assert "rtx-50" not in text.partition("choose")[2]
+
+
+def test_a_model_that_fits_nothing_says_so() -> None:
+    pin = catalog.resolve("Qwen/Qwen3-Embedding-4B", "latest")
+    huge = replace(pin, facts=replace(pin.facts, parameters=10**12, weights_bytes=2 * 10**12))
+    with pytest.raises(UnsuitableModelError, match="choose a smaller model"):
+        sizing.plan(huge, ANSWERS)
+
+
+def test_a_pin_without_the_size_of_its_weights_is_refused() -> None:
+    pin = catalog.resolve("BAAI/bge-base-en-v1.5", "latest")
+    unknown = replace(pin, facts=replace(pin.facts, weights_bytes=None))
+    with pytest.raises(UnsuitableModelError, match="weights_bytes"):
+        sizing.plan(unknown, ANSWERS)
+
+
+def test_a_model_of_which_little_is_known_is_still_sized() -> None:
+    pin = catalog.resolve("BAAI/bge-base-en-v1.5", "latest")
+    facts = Facts(architecture="bert", weights_bytes=437_951_488, pooling="cls")
+    it = sizing.plan(replace(pin, facts=facts), ANSWERS)
+    assert (
+        it.memory.weights == 437_951_488
+    )  # as if stored in two bytes: rather too much than too little
+    assert it.max_batch_tokens == 16384
+
+
+def test_scaling_needs_monitoring() -> None:
+    pin = catalog.resolve("BAAI/bge-base-en-v1.5", "latest")
+    alone = ANSWERS | {"components": ["autoscaling-keda"]}
+    wrong = sizing.problem(pin, alone)
+    assert isinstance(wrong, ConfigurationError)
+    assert "add monitoring" in str(wrong)
+    both = ANSWERS | {"components": ["autoscaling-keda", "monitoring"]}
+    assert sizing.problem(pin, both) is None
+
+
+def test_float16_is_not_given_to_models_that_overflow_in_it() -> None:
+    facts = Facts(architecture="gemma3_text", weights_bytes=10**9)
+    gpu = accelerator.for_name("h100")
+    assert sizing.serving_dtype(facts, gpu) == "float32"
+    assert not sizing.uses_flash_attention(facts, gpu)
+
+
+@pytest.mark.parametrize("name", accelerator.names())
+@pytest.mark.parametrize("model_id", catalog.load())
+def test_every_flag_has_a_reason_of_one_line(model_id: str, name: str) -> None:
+    try:
+        it = plan(model_id, name)
+    except UnsuitableModelError:
+        assert (model_id, name) == ("Qwen/Qwen3-Embedding-4B", "rtx-50")
+        return
+    for flag in it.flags:
+        assert flag.reason
+        assert "\n" not in flag.reason
+    assert len({flag.name for flag in it.flags}) == len(it.flags)
+    assert not any(arg.endswith("=None") for arg in it.args)
+    facts = catalog.load()[model_id].facts
+    cut = it.served_input_tokens < (facts.max_input_tokens or 0)
+    reasons = {flag.name: flag.reason for flag in it.flags}
+    assert ("inputs are cut" in reasons["--max-batch-tokens"]) == cut
+
+
+def test_a_second_pod_shares_the_volume_under_another_name() -> None:
+    one = plan("BAAI/bge-base-en-v1.5", "l4")
+    two = plan("BAAI/bge-base-en-v1.5", "l4", replicas="2")
+    scaled = plan("BAAI/bge-base-en-v1.5", "l4", components=["autoscaling-hpa", "monitoring"])
+    assert one.claim.access_mode == "ReadWriteOnce"
+    assert two.claim.access_mode == scaled.claim.access_mode == "ReadWriteMany"
+    assert one.claim.name != two.claim.name == scaled.claim.name
+
+
+def test_a_pod_more_during_a_rollout_only_where_nothing_is_in_its_way() -> None:
+    assert not plan("BAAI/bge-base-en-v1.5", "gb10", replicas="4").surge
+    assert not plan("BAAI/bge-base-en-v1.5", "cpu").surge
+    assert plan("BAAI/bge-base-en-v1.5", "cpu", replicas="2").surge
+    assert plan("BAAI/bge-base-en-v1.5", "cpu", model_storage="ephemeral").surge
+
+
+# Properties
+
+MODELS = st.builds(
+    Facts,
+    architecture=st.sampled_from(["bert", "nomic_bert", "qwen3", "mpnet", "gemma3_text"]),
+    max_input_tokens=st.sampled_from([128, 512, 2048, 8192, 32768]),
+    pooling=st.just("mean"),
+    parameters=st.integers(10**6, 3 * 10**9),
+    dtype=st.sampled_from(["float32", "float16", "bfloat16"]),
+    weights_bytes=st.integers(10**6, 10**10),
+    hidden_size=st.sampled_from([128, 384, 768, 1024, 4096]),
+    attention_heads=st.sampled_from([4, 12, 16, 32]),
+    intermediate_size=st.sampled_from([512, 3072, 4096, 16384]),
+    vocab_size=st.integers(1000, 300_000),
+)
+GPUS = st.sampled_from([accelerator.for_name(name) for name in accelerator.names()])
+
+
+def pin_with(facts: Facts) -> Pin:
+    return replace(catalog.resolve("BAAI/bge-base-en-v1.5", "latest"), facts=facts)
+
+
+@settings(max_examples=100, deadline=None)
+@given(facts=MODELS, gpu=GPUS)
+def test_what_is_planned_fits(facts: Facts, gpu: accelerator.Accelerator) -> None:
+    try:
+        tokens = sizing.max_batch_tokens(pin_with(facts), gpu)
+    except UnsuitableModelError:
+        needed = sizing.memory_needed(facts, gpu, 2048)
+        limit = sizing.available_bytes(gpu) if gpu.is_gpu else 8 * GIB
+        assert (needed.total if gpu.is_gpu else needed.activations) > limit
+        return
+    memory = sizing.memory_needed(facts, gpu, tokens)
+    assert tokens >= 2048
+    if gpu.is_gpu:
+        assert memory.total <= sizing.available_bytes(gpu)
+    resources = sizing.tei_resources(facts, gpu, memory, workers=4)
+    assert resources.memory_request_mib <= resources.memory_limit_mib
+    if gpu.unified_memory or not gpu.is_gpu:
+        assert resources.memory_request_mib * sizing.MIB > memory.total
+    # Counted once: what the limit has above the request is headroom, not a second copy.
+    assert resources.memory_limit_mib * sizing.MIB <= (
+        ceil(1.25 * (memory.total + 3 * GIB)) + (facts.weights_bytes or 0) + 512 * sizing.MIB
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(facts=MODELS, gpu=GPUS, tokens=st.sampled_from([2048, 8192, 16384]))
+def test_more_needs_more(facts: Facts, gpu: accelerator.Accelerator, tokens: int) -> None:
+    assert facts.parameters
+    assert facts.weights_bytes
+    larger = replace(facts, parameters=2 * facts.parameters, weights_bytes=2 * facts.weights_bytes)
+    before = sizing.memory_needed(facts, gpu, tokens)
+    assert sizing.memory_needed(larger, gpu, tokens).total > before.total
+    assert sizing.memory_needed(facts, gpu, 2 * tokens).activations >= 2 * before.activations
+    assert sizing.startup_seconds(larger, gpu, tokens) >= sizing.startup_seconds(facts, gpu, tokens)
+    assert sizing.request_seconds(larger, gpu) >= sizing.request_seconds(facts, gpu)
+    assert sizing.slo_seconds(larger, gpu, tokens) >= sizing.slo_seconds(facts, gpu, tokens)
+    claims = [sizing.model_claim(f, "x", shared=False).size_gib for f in (facts, larger)]
+    assert claims == sorted(claims)
+
+
+@settings(max_examples=100, deadline=None)
+@given(facts=MODELS, gpu=GPUS.filter(lambda gpu: gpu.is_gpu), factor=st.sampled_from([2, 4]))
+def test_a_larger_gpu_takes_no_smaller_batch(
+    facts: Facts, gpu: accelerator.Accelerator, factor: int
+) -> None:
+    larger = replace(gpu, memory_gib=factor * (gpu.memory_gib or 0))
+    try:
+        tokens = sizing.max_batch_tokens(pin_with(facts), gpu)
+    except UnsuitableModelError:
+        return
+    assert sizing.max_batch_tokens(pin_with(facts), larger) >= tokens
