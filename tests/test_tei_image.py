@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import yaml
+from copier.errors import UserMessageError
 
 from extensions import accelerator
 
@@ -300,7 +301,30 @@ def test_the_job_builds_what_the_dockerfile_needs(render_tei: RenderTei, name: s
     row = accelerator.for_name(name)
     assert pod["nodeSelector"]["kubernetes.io/arch"] == row.platforms[0].split("/")[1]
     assert builder["resources"]["requests"]["memory"] == f"{row.build_memory_gib}Gi"
+    assert int(builder["resources"]["limits"]["memory"].removesuffix("Gi")) > row.build_memory_gib
     # Root in the pod is nobody on the node, and the pod says so itself where that is not so.
     assert pod["hostUsers"] is False
     assert "uid_map" in builder["args"][0]
     assert builder["image"].partition(":")[2] not in ("", "latest")
+
+
+@pytest.mark.parametrize(
+    ("name", "answers", "sentence"),
+    [
+        (
+            "gb10",
+            {"image_platform": "linux/amd64"},
+            "image_platform: NVIDIA DGX Spark (GB10) does not",
+        ),
+        ("gh200", {"tei_image": "official"}, "tei_image: Hugging Face publishes no TEI image for"),
+        ("l4", {"tei_ref": "0d124dc"}, "tei_ref: '0d124dc' is not a commit of TEI"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_at_render(
+    render_tei: RenderTei, name: str, answers: dict[str, str], sentence: str
+) -> None:
+    with pytest.raises(UserMessageError) as refused:
+        render_tei(name, **answers)
+
+    assert str(refused.value).startswith(sentence)
+    assert "\n" not in str(refused.value)
