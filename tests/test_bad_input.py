@@ -248,8 +248,8 @@ def registered(mlflow_proxied: str, tmp_path_factory: pytest.TempPathFactory) ->
          "registered copy is damaged, register it again."),
         (["model_id=acme/list-config"], "Version 1 of acme-list-config: config.json holds no JSON object: "
          "register it again."),
-        (["model_id=acme/cut"], "model.safetensors has {cut} bytes where its header says {whole}: the registered "
-         "copy is cut off, register it again."),
+        (["model_id=acme/cut"], "model.safetensors has {cut} bytes where its header says {whole}: the "
+         "registered copy is cut off, register it again."),
         (["model_id=acme/no-safetensors"], "model.safetensors is no safetensors file: its header does not "
          "fit; register it again."),
         (["model_id=acme-sklearn"], "Version 1 of acme-sklearn is no embedding model that TEI can serve: its "
