@@ -1,0 +1,213 @@
+"""The image of model-fetch, built by a real builder and run as a pod runs it.
+
+The base image cannot be had everywhere, so a Debian made on the spot, with its own Python, stands in
+for it, and a folder of wheels on loopback for the package index. The first run takes about two
+minutes, most of it for Debian and the wheels; what it made is kept for the next.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.containers.engine import Engine
+
+pytest_plugins = ["tests.containers.engine"]
+
+SOURCES = Path(__file__).parents[1] / "template/images/model-fetch"
+PACKAGES = "ca-certificates,python3,python3-venv"
+PYTHON = "3.11"  # of Debian bookworm
+HARDENED = (
+    *("--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges"),
+    "--user=10001:10001",
+)
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The address of a web server that serves a folder on loopback."""
+    handler = functools.partial(_Quiet, directory=str(folder))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(scope="module")
+def context(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The build context as a render has it: links into the template have become files."""
+    folder = tmp_path_factory.mktemp("context") / "model-fetch"
+    shutil.copytree(SOURCES, folder, ignore=shutil.ignore_patterns("__pycache__", "tests"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheels(engine: Engine) -> Path:
+    """The pinned dependencies, as files for the stand-in's Python."""
+    requirements = SOURCES / "requirements.txt"
+    name = hashlib.sha256(requirements.read_bytes()).hexdigest()[:12]
+    folder = engine.store / f"wheels-{name}"
+    if not folder.exists():
+        part = folder.with_name(folder.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"),
+                *("--only-binary=:all:", f"--python-version={PYTHON}", "--implementation=cp"),
+                *("--require-hashes", "--requirement", str(requirements), "--dest", str(part)),
+            ],
+            text=True,
+            capture_output=True,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        part.rename(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def image(engine: Engine, context: Path, wheels: Path) -> str:
+    with served(wheels) as url:
+        engine.docker(
+            *("build", "--network=host", "--tag=test/model-fetch"),
+            *("--build-arg", f"BASE_IMAGE={engine.debian(PACKAGES)}"),
+            *("--build-arg", "PIP_NO_INDEX=1", "--build-arg", f"PIP_FIND_LINKS={url}"),
+            *("--build-arg", "VERSION=1.2.3", "--build-arg", "REVISION=abc"),
+            context,
+        )
+    return "test/model-fetch"
+
+
+@pytest.fixture
+def volumes(tmp_path: Path) -> dict[str, Path]:
+    """The pod's volumes, which belong to its user."""
+    found = {name: tmp_path / name for name in ("cache", "model", "tmp", "pin", "store")}
+    for name, path in found.items():
+        path.mkdir()
+        if name in ("cache", "model", "tmp"):
+            os.chown(path, 10001, 10001)
+    return found
+
+
+def model(volumes: dict[str, Path], url: str) -> dict[str, bytes]:
+    """A small model in the store, and the pin of it."""
+    header = json.dumps({"w": {"dtype": "F32", "shape": [256], "data_offsets": [0, 1024]}}).encode()
+    config: dict[str, Any] = {
+        **{"model_type": "bert", "architectures": ["BertModel"], "vocab_size": 100},
+        **{"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12},
+        **{"intermediate_size": 1536, "max_position_embeddings": 512, "hidden_act": "gelu"},
+    }
+    files = {
+        "model.safetensors": len(header).to_bytes(8, "little") + header + os.urandom(1024),
+        "config.json": json.dumps(config).encode(),
+        "tokenizer.json": b"{}",
+    }
+    for path, content in files.items():
+        (volumes["store"] / path).write_bytes(content)
+    pin = {
+        **{"model_id": "acme/tiny", "registered_model": "acme-tiny", "selector": "3"},
+        **{"version": "3", "run_id": None, "logged_model_id": None, "revision": None},
+        "artifact_uri": url,
+        "files": [{"path": p, "from": p, "size": len(content)} for p, content in files.items()],
+        "facts": {"architecture": "bert", "pooling": "mean"},
+    }
+    (volumes["pin"] / "pin.json").write_text(json.dumps(pin))
+    return files
+
+
+def mounts(volumes: dict[str, Path]) -> list[str]:
+    places = {"cache": "/cache", "model": "/model", "tmp": "/tmp"}
+    written = [f"--volume={volumes[name]}:{place}" for name, place in places.items()]
+    return [*written, f"--volume={volumes['pin']}:/etc/model:ro"]
+
+
+def test_the_image_is_what_it_says(engine: Engine, image: str) -> None:
+    config = json.loads(engine.docker("image", "inspect", image).stdout)[0]["Config"]
+    assert config["User"] == "10001:10001"
+    assert config["Labels"]["org.opencontainers.image.version"] == "1.2.3"
+    held = engine.docker(
+        *("run", "--rm", "--network=none", "--entrypoint=/bin/ls", image),
+        *("-R", "/opt/model-fetch/app"),
+    )
+    assert "cli.py" in held.stdout
+    assert "test_" not in held.stdout
+
+
+def test_it_fetches_with_nothing_that_a_pod_may_not_have(
+    engine: Engine, image: str, volumes: dict[str, Path]
+) -> None:
+    with served(volumes["store"]) as url:
+        files = model(volumes, url)
+        options = [*HARDENED, *mounts(volumes)]
+        done = engine.docker("run", "--rm", "--network=host", *options, image)
+    assert "acme-tiny version 3 is ready" in done.stdout
+    folder = volumes["cache"] / "acme-tiny/3"
+    assert {path: (folder / path).read_bytes() for path in files} == files
+    assert os.readlink(volumes["model"] / "current") == "/cache/acme-tiny/3"
+    again = engine.docker("run", "--rm", "--network=none", *options, image)
+    assert "already there" in again.stdout
+
+
+def test_it_fails_in_one_line_with_its_exit_code(
+    engine: Engine, image: str, volumes: dict[str, Path]
+) -> None:
+    model(volumes, "http://127.0.0.1:9")
+    options = ["--network=host", *HARDENED, *mounts(volumes), "--env=MODEL_FETCH_RETRIES=0"]
+    done = engine.docker("run", "--rm", *options, image, check=False)
+    assert done.returncode == 5, done.stdout
+    assert done.stdout.rstrip().splitlines()[-1].startswith("error: ")
+    assert not (volumes["cache"] / "acme-tiny/3").exists()
+
+
+def test_signals_reach_it_as_the_first_process(
+    engine: Engine, image: str, volumes: dict[str, Path]
+) -> None:
+    """As PID 1 it gets no default action from the kernel."""
+    model(volumes, "http://127.0.0.1:9")
+    options = ["--network=host", *HARDENED, *mounts(volumes), "--env=MODEL_FETCH_RETRIES=1000"]
+    name = "model-fetch-signals"
+    engine.docker("rm", "--force", name, check=False)
+    engine.docker("run", "--detach", f"--name={name}", *options, image)
+    try:
+        for _ in range(300):
+            if "version 3" in engine.docker("logs", name).stdout:
+                break
+            time.sleep(0.1)
+        engine.docker("stop", "--time=30", name)
+        assert (
+            engine.docker("inspect", "--format={{.State.ExitCode}}", name).stdout.strip() == "143"
+        )
+        assert "stopped by SIGTERM" in engine.docker("logs", name).stdout
+    finally:
+        engine.docker("rm", "--force", name, check=False)
+
+
+def test_all_that_it_may_need_is_in_the_image(engine: Engine, image: str) -> None:
+    """Read-only, without a network: signing for S3, MLflow's client, the conversion of Jina."""
+    code = "import boto3, mlflow.artifacts, numpy; from model_fetch import jina, pin, registry"
+    engine.docker(
+        *("run", "--rm", "--network=none", *HARDENED, "--tmpfs=/tmp", "--entrypoint=python"),
+        *(image, "-c", code),
+    )
