@@ -113,6 +113,7 @@ POOLING_MODES = MappingProxyType(
 
 _MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
 _ACTIVATIONS = ("torch.nn.modules.activation.Tanh", "torch.nn.modules.linear.Identity")
+_SENTENCE = "sentence_embedding"
 _POSITION_OFFSET = ("xlm-roberta", "camembert", "roberta")
 _ROPE_THETA = ("new", "gte", "qwen3", "qwen2", "mistral")
 
@@ -491,6 +492,8 @@ def _modules(model: Model, hardware: Hardware | None) -> Iterator[_Result]:
         weights = {f"{path}/model.safetensors", f"{path}/pytorch_model.bin"}
         if not config or not weights & set(model.files):
             yield REFUSED, f"The Dense module {path} lacks its config.json or its weights."
+        elif (place := config.get("module_input_name", _SENTENCE)) != _SENTENCE:
+            yield REFUSED, f"The Dense module {path} works on {place}, and TEI's on {_SENTENCE}."
         elif config.get("activation_function", _ACTIVATIONS[1]) not in _ACTIVATIONS:
             yield (
                 REFUSED,

@@ -58,7 +58,15 @@ def files(model_id: str) -> dict[str, Any]:
 
 
 def saved_by_sentence_transformers_5_4(model: dict[str, Any]) -> None:
-    """Change the parsed files into what sentence-transformers ≥ 5.4 writes (seen with 6.2.0)."""
+    """Change the parsed files into what sentence-transformers ≥ 5.4 writes, with transformers ≥ 5.
+
+    Seen with 6.2.0 and 5.23.0, on a BERT and a Qwen3.
+    """
+    config = model["config.json"]
+    if config["model_type"] == "qwen3":
+        config["rope_parameters"] = {"rope_theta": config.pop("rope_theta"), "rope_type": "default"}
+        del config["rope_scaling"]
+        config |= {"architectures": ["Qwen3Model"], "dtype": config.pop("torch_dtype")}
     pooling = model["1_Pooling/config.json"]
     mode = next(
         key for key, on in pooling.items() if on is True and key.startswith("pooling_mode_")
