@@ -454,14 +454,16 @@ def tei_resources(facts: Facts, gpu: Accelerator, memory: Memory, workers: int) 
 def model_fetch_resources(pin: Pin) -> Resources:
     """Requests and limits of the init container, which holds chunks, never a whole file.
 
-    Eight connections with 16 MiB each, and Python with the MLflow client.
+    Converting jina-embeddings-v3 holds its largest tensor, the embeddings of its vocabulary, twice.
     """
+    converts = pin.facts.class_name == "XLMRobertaLoRA"
     return Resources(
         cpu_request="250m",
         cpu_limit="2",
         memory_request_mib=512,
-        memory_limit_mib=1024,
-        reason="eight connections with chunks of 16 MiB, Python and the MLflow client",
+        memory_limit_mib=2048 if converts else 1024,
+        reason="eight chunks of 8 MiB at a time, Python and MLflow's client"
+        + (", and the largest tensor while the model is converted" if converts else ""),
     )
 
 

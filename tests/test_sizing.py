@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import pytest
+from copier.errors import UserMessageError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -236,6 +238,24 @@ def test_a_pod_more_during_a_rollout_only_where_nothing_is_in_its_way() -> None:
     assert not plan("BAAI/bge-base-en-v1.5", "cpu").surge
     assert plan("BAAI/bge-base-en-v1.5", "cpu", replicas="2").surge
     assert plan("BAAI/bge-base-en-v1.5", "cpu", model_storage="ephemeral").surge
+
+
+@pytest.mark.parametrize(
+    ("model_id", "more", "said"),
+    [
+        ("Qwen/Qwen3-Embedding-4B", {"accelerator": "rtx-50"}, "does not fit: it needs 8.8 GiB"),
+        ("BAAI/bge-base-en-v1.5", {"components": ["autoscaling-hpa"]}, "add monitoring"),
+        ("BAAI/bge-base-en-v1.5", {"components": ["autoscaling-keda"]}, "add monitoring"),
+    ],
+)
+def test_what_cannot_be_deployed_is_refused_before_anything_is_written(
+    model_id: str, more: dict[str, Any], said: str, render: Any, pin_of: Any, tmp_path: Path
+) -> None:
+    target = tmp_path / "nothing"
+    with pytest.raises(UserMessageError, match=said) as refused:
+        render(target, model_id=model_id, pin=pin_of(model_id), **more)
+    assert "\n" not in str(refused.value)
+    assert not target.exists()
 
 
 # Properties

@@ -107,7 +107,7 @@ class Endpoint:
         headers = {"Content-Type": "application/json"}
         if key or self.key:
             headers["Authorization"] = f"Bearer {key or self.key}"
-        request = urllib.request.Request(  # noqa: S310: main() takes http and https alone
+        request = urllib.request.Request(  # noqa: S310 (main takes http and https alone)
             self.url + path,
             data=None if body is None else json.dumps(body).encode(),
             headers=headers,
