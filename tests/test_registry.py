@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import pexpect
 import pytest
 
 from extensions import pin as pins
 from extensions.pin import Pin
-from tests.conftest import variables
-from tests.snapshots import KINDS, LAYOUTS, REVISION, etag, lay_out, register, safetensors, snapshot
+from tests.conftest import Run, environment, variables
+from tests.snapshots import (
+    KINDS,
+    LAYOUTS,
+    REVISION,
+    etag,
+    lay_out,
+    register,
+    safetensors,
+    snapshot,
+    write,
+)
 
 SERVERS = ("mlflow_proxied", "mlflow_local", "mlflow_s3")
 MODEL_ID = "acme/tiny-bert"
@@ -169,3 +184,47 @@ def test_shards_are_listed_with_their_index(
     weights = {f.path for f in pin.files if "safetensors" in f.path}
     assert weights == {"model.safetensors.index.json", *shards}
     assert pin.facts.weights_bytes == 2 * (source / shards[0]).stat().st_size
+
+
+def test_the_small_client_suffices(
+    copier_copy: Callable[..., Run], mlflow_proxied: str, tmp_path: Path
+) -> None:
+    """What a person installs: Copier, the loader and mlflow-skinny, on the real command line."""
+    register(mlflow_proxied, snapshot(tmp_path / "snapshot"), "acme-skinny")
+    asked = ["model_id=acme-skinny", "accelerator=cpu"]
+
+    result = copier_copy(*asked, python=environment("user"), MLFLOW_TRACKING_URI=mlflow_proxied)
+
+    assert result.code == 0, result.error
+    pin = json.loads((result.target / "k8s/base/pin.json").read_text())
+    assert (pin["registered_model"], pin["version"]) == ("acme-skinny", "1")
+
+
+def test_a_person_picks_from_what_is_registered(
+    template: Path, mlflow_proxied: str, tmp_path: Path
+) -> None:
+    """The list shows version and size, and offers nothing that TEI could not serve."""
+    register(mlflow_proxied, snapshot(tmp_path / "snapshot"), "acme-picked", model_id="acme/picked")
+    write(tmp_path / "sklearn/model.pkl", "pickle")
+    register(mlflow_proxied, tmp_path / "sklearn", "acme-not-offered")
+    home = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "TERM": "xterm", "COLUMNS": "200"}
+    copier = ["-m", "copier", "copy", "--trust", str(template), str(tmp_path / "target")]
+    person = pexpect.spawn(
+        sys.executable,
+        copier,
+        env=home | {"MLFLOW_TRACKING_URI": mlflow_proxied},
+        dimensions=(100, 200),
+        encoding="utf-8",
+        timeout=120,
+    )
+    seen = io.StringIO()
+    person.logfile_read = seen
+    person.expect("Which model should be served")
+    person.expect(r"acme/picked, version 1, 0 MB")
+    person.sendline("\x1b[A")  # arrow up: the last of the list
+    person.expect("Which version of it")
+    person.sendcontrol("c")
+    person.expect("Execution stopped by user")
+    person.close()
+    assert "acme-not-offered" not in seen.getvalue()
+    assert not (tmp_path / "target").exists()
