@@ -454,7 +454,7 @@ def tei_resources(facts: Facts, gpu: Accelerator, memory: Memory, workers: int) 
 def model_fetch_resources(pin: Pin) -> Resources:
     """Requests and limits of the init container, which holds chunks, never a whole file.
 
-    Converting jina-embeddings-v3 holds its largest tensor, the embeddings of its vocabulary, twice.
+    Converting jina-embeddings-v3 stays within 1.5 GB (benchmarks/jina_memory.py).
     """
     converts = pin.facts.class_name == "XLMRobertaLoRA"
     return Resources(
@@ -463,7 +463,7 @@ def model_fetch_resources(pin: Pin) -> Resources:
         memory_request_mib=512,
         memory_limit_mib=2048 if converts else 1024,
         reason="eight chunks of 8 MiB at a time, Python and MLflow's client"
-        + (", and the largest tensor while the model is converted" if converts else ""),
+        + (", and blocks of tensors while the model is converted" if converts else ""),
     )
 
 
