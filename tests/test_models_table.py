@@ -1,4 +1,4 @@
-"""The table of models and accelerators says what the rules say, and README.md shows it."""
+"""The table of models and accelerators says what the rules say, and the documents show it."""
 
 from __future__ import annotations
 
@@ -37,13 +37,15 @@ def test_the_home_target_serves_all_eight():
 
 def test_the_table_replaces_what_stands_between_its_marks():
     text = f"# Title\n{table.BEGIN}\nold\n{table.END}\nmore\n"
-    assert table.readme(text) == f"# Title\n{table.BEGIN}\n{table.markdown()}\n{table.END}\nmore\n"
+    assert table.filled(text) == f"# Title\n{table.BEGIN}\n{table.markdown()}\n{table.END}\nmore\n"
     with pytest.raises(ValueError, match="no place for the table"):
-        table.readme("# Title\n")
+        table.filled("# Title\n")
 
 
-def test_readme_shows_the_table_as_it_is():
-    text = table.README.read_text() if table.README.exists() else ""
-    if table.BEGIN not in text:
-        pytest.skip("README.md has no place for the table yet")
-    assert text == table.readme(text), "run: python -m tests.models.table --write"
+def test_the_documents_show_the_table_as_it_is():
+    places = table.places()
+    if not places:
+        pytest.skip(f"no document has a place for the table yet: {table.BEGIN} … {table.END}")
+    for place in places:
+        text = place.read_text()
+        assert text == table.filled(text), "run: python -m tests.models.table --write"

@@ -14,7 +14,7 @@ from extensions import accelerator, catalog, compatibility, sizing
 from extensions.compatibility import FIXED, REFUSED, WARNED
 from tests.models.folders import JINA_V3, MODEL_IDS, files
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- make models: begin -->", "<!-- make models: end -->"
 
 
@@ -52,19 +52,26 @@ def markdown() -> str:
     return "\n".join([*head, *rows, "", *(f"[{n}] {sentence}  " for sentence, n in notes.items())])
 
 
-def readme(text: str) -> str:
-    """README.md with the table as it is now.
+def places() -> list[Path]:
+    """The documents that show the table."""
+    documents = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [path for path in documents if path.exists() and BEGIN in path.read_text()]
 
-    Raises: ValueError when its marks are not there.
+
+def filled(text: str) -> str:
+    """A document with the table as it is now.
+
+    Raises: ValueError when only one of its marks is there.
     """
     pattern = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
     if not pattern.search(text):
-        raise ValueError(f"README.md has no place for the table: {BEGIN} … {END}")
+        raise ValueError(f"there is no place for the table: {BEGIN} … {END}")
     return pattern.sub(lambda _: f"{BEGIN}\n{markdown()}\n{END}", text)
 
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--write"]:
-        README.write_text(readme(README.read_text()))
+        for place in places():
+            place.write_text(filled(place.read_text()))
     else:
         print(markdown())
