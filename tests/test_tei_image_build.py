@@ -298,7 +298,7 @@ def test_make_builds_it_with_buildah_and_cache_mounts(
     arguments = " ".join(_arguments(bases, served))
     platform = f"linux/{ARCHITECTURE}"
     folder = render_tei("cpu", image_platform=platform)
-    command = ["make", "-f", "images/tei/tei.mk", "tei-image", "TEI_BUILDER=buildah"]
+    command = ["make", "-f", "images/tei/tei.mk", "tei-image", "BUILDER=buildah"]
     options = [f"TEI_IMAGE={image}", f"TEI_BUILD_ARGS={arguments}"]
 
     done = subprocess.run(

@@ -111,7 +111,7 @@ def test_docker_without_an_engine_is_passed_over(repository: Path) -> None:
 def test_a_named_builder_is_taken(repository: Path) -> None:
     install(repository, "docker")
     install(repository, "buildah")
-    _, calls = make(repository, "tei-push", "TEI_BUILDER=buildah")
+    _, calls = make(repository, "tei-push", "BUILDER=buildah")
 
     assert calls == [f"buildah push {IMAGE} DOCKER_BUILDKIT="]
 
