@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from . import accelerator, sizing
+from . import accelerator, sizing, thinkube
 from .errors import ConfigurationError, UnsuitableModelError
 from .pin import Pin
 
@@ -77,13 +77,14 @@ RULES: dict[str, Rule] = {
         r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?",
     ),
     "project_description": Rule(
-        "a description: use one line of at most 200 printable characters",
-        r"\S(.*\S)?",
+        "a description: use one line of at most 200 printable characters, or none",
+        r"(\S(.*\S)?)?",
         longest=200,
     ),
     "accelerator": Rule(choices=accelerator.names),
     "image_platform": _one_of("linux/arm64", "linux/amd64"),
     "platform": _one_of("kubernetes", "thinkube"),
+    "thinkube_deployment": _one_of("component", "app"),
     "namespace": Rule(
         "a Kubernetes namespace: use at most 63 lower-case letters, digits and '-'", _DNS_LABEL
     ),
@@ -180,7 +181,7 @@ def check_together(given: Mapping[str, Any], pin: Pin) -> None:
             "components: autoscaling-hpa and autoscaling-keda would fight over the replicas: "
             "choose one."
         )
-    if refused := sizing.problem(pin, given):
+    if refused := sizing.problem(pin, given) or thinkube.problem(pin, given):
         raise refused
     if pin.facts.pooling is None and given["pooling"] == "auto":
         raise UnsuitableModelError(

@@ -161,4 +161,17 @@ class TextEmbeddings(Extension):
             markdown_text=texts.markdown_text,
             shell_text=texts.shell_text,
             without_credentials=texts.without_credentials,
+        @pass_context
+        def thinkube(context: Context) -> object:
+            """How Thinkube runs the model."""
+            given = {name: context[name] for name in answers.RULES}
+            return _module("thinkube").deployment(pin_of(context), given)
+
+        @pass_context
+        def objects_folder(context: Context) -> str:
+            """Where the Kubernetes objects are: Thinkube writes k8s/ itself."""
+            return "deploy" if context["platform"] == "thinkube" else "k8s"
+
         )
+            "thinkube": thinkube,
+            "objects_folder": objects_folder,

@@ -38,7 +38,8 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     left_out = shutil.ignore_patterns("__pycache__", ".*_cache", ".venv", "node_modules")
     for name in ("extensions", "template"):
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=left_out)
-    shutil.copy(ROOT / "copier.yml", folder)
+    for name in ("copier.yml", "manifest.yaml"):
+        shutil.copy(ROOT / name, folder)
     return folder
 
 

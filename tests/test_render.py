@@ -15,6 +15,7 @@ import yaml
 from copier.errors import UserMessageError
 
 from extensions import accelerator, catalog
+from tests import thinkube
 from tests.conftest import Render, pinned
 
 PLATFORMS = ("kubernetes", "thinkube")
@@ -54,8 +55,10 @@ def test_a_repository_agrees_with_itself(
 
     stored = yaml.safe_load((project / ".copier-answers.yml").read_text())
     assert stored["pin"] == pin
-    assert json.loads((project / "k8s/base/pin.json").read_text()) == pin
+    assert json.loads((objects(project) / "base/pin.json").read_text()) == pin
     agrees(project, stored)
+    if platform == "thinkube":
+        thinkube.check(project, stored)
     for path in texts(project):
         reads_well(path, project)
     if number % 5 == 0:
@@ -104,14 +107,19 @@ def reads_well(path: Path, project: Path) -> None:
         subprocess.run(["bash", "-n", str(path)], check=True)
 
 
+def objects(project: Path) -> Path:
+    """The folder of the Kubernetes objects: Thinkube writes k8s/ itself."""
+    return project / ("deploy" if (project / "thinkube.yaml").exists() else "k8s")
+
+
 def agrees(project: Path, stored: dict[str, Any]) -> None:
     """What several files say, they say alike."""
     registry, name = stored["container_registry"], stored["project_name"]
-    kustomization = yaml.safe_load((project / "k8s/kustomization.yaml").read_text())
+    kustomization = yaml.safe_load((objects(project) / "kustomization.yaml").read_text())
     compose = yaml.safe_load((project / "compose.yaml").read_text())
     makefile = (project / "Makefile").read_text()
-    deployment = yaml.safe_load((project / "k8s/base/deployment.yaml").read_text())
-    service = yaml.safe_load((project / "k8s/base/service.yaml").read_text())
+    deployment = yaml.safe_load((objects(project) / "base/deployment.yaml").read_text())
+    service = yaml.safe_load((objects(project) / "base/service.yaml").read_text())
     readme = (project / "README.md").read_text()
 
     images = {i["name"]: f"{i['newName']}:{i['newTag']}" for i in kustomization["images"]}

@@ -1,0 +1,139 @@
+#!/usr/bin/env bash
+# Brings the model to /model/current, runs TEI on it behind nginx, and ends as soon as one of them ends.
+#
+# Its environment holds secrets: it is never printed, and TEI gets the few variables that it needs.
+set -uo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck disable=SC1091
+. "$here/settings.sh"
+
+pin=$here/pin.json
+front=/tmp/front # nginx.conf names it too
+mount=/mlflow-models
+link=/model/current
+cache=/cache
+
+say() { printf 'start: %s\n' "$*" >&2; }
+
+# Processes
+
+nginx_pid='' worker_pid='' # worker: model-fetch, then TEI
+
+end() { # status: what the platform sees
+  trap '' TERM INT QUIT
+  local pid
+  for pid in $worker_pid $nginx_pid; do kill -TERM "$pid" 2>/dev/null; done
+  wait
+  exit "$1"
+}
+
+# nginx first, so that requests in flight still find TEI.
+# shellcheck disable=SC2329 # a trap calls it
+drain() {
+  trap '' TERM INT QUIT
+  say "stopping: requests in flight are finished"
+  if [ -n "$nginx_pid" ] && kill -QUIT "$nginx_pid" 2>/dev/null; then wait "$nginx_pid"; fi
+  if [ -n "$worker_pid" ] && kill -TERM "$worker_pid" 2>/dev/null; then wait "$worker_pid"; fi
+  exit 0
+}
+trap drain TERM INT QUIT
+
+# Waits for the worker; the end of nginx is the end of all.
+wait_for_worker() {
+  local ended='' status
+  wait -n -p ended $worker_pid "$nginx_pid"
+  status=$?
+  if [ "$ended" = "$nginx_pid" ]; then
+    say "nginx ended with $status"
+    nginx_pid=''
+    end 1
+  fi
+  worker_pid=''
+  return "$status"
+}
+
+# Which model
+
+is_model() { [[ $1 =~ ^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$ ]]; }
+
+wanted=$MODEL
+if [ "$DEPLOYMENT" = component ]; then
+  # The LLM gateway names the model of each pod that it starts.
+  wanted=${MODEL_ID:-}
+  if [ -n "$wanted" ] && ! is_model "$wanted"; then
+    say "MODEL_ID is not the name of a model"
+    exit 2
+  fi
+elif [ -n "${MODEL_ID:-}" ] && [ "$MODEL_ID" != "$MODEL" ]; then
+  # The platform may lose or keep an old value when it writes its manifests anew.
+  say "MODEL_ID is not followed: this image is of $MODEL"
+fi
+
+# The way in
+
+health() { printf '{"status":"%s"}\n' "$1" >"$front/answers/health.json"; }
+
+rm -rf "$front"
+mkdir -p "$front/answers"
+if [ -z "$wanted" ]; then health idle; elif [ "$LOADING_IS_HEALTHY" = yes ]; then health loading; fi
+printf '{"object":"list","data":[{"id":"%s","object":"model","created":0,"owned_by":"text-embeddings-inference"}]}\n' \
+  "$wanted" >"$front/answers/models.json"
+nginx -e stderr -c "$here/nginx.conf" &
+nginx_pid=$!
+
+if [ -z "$wanted" ]; then
+  say "idle: the LLM gateway has named no model"
+  wait_for_worker
+fi
+
+# The model
+
+if [ "$wanted" != "$MODEL" ]; then
+  say "$wanted is not the pinned model: its newest version is taken, and TEI itself decides on pooling"
+  pin=$front/pin.json
+  printf '{"model_id":"%s","registered_model":"%s","selector":"latest","version":null,"files":[],"facts":{"architecture":null}}\n' \
+    "$wanted" "${wanted//\//-}" >"$pin"
+  kept=()
+  for flag in "${FLAGS[@]}"; do
+    case $flag in --pooling=* | --max-batch-tokens=*) ;; *) kept+=("$flag") ;; esac
+  done
+  FLAGS=("${kept[@]}")
+fi
+export MLFLOW_TRACKING_URI=${MLFLOW_TRACKING_URI:-$DEFAULT_TRACKING_URI}
+if [ -n "${SEAWEEDFS_ENDPOINT:-}" ] && [ -z "${AWS_ACCESS_KEY_ID:-}" ]; then
+  case $SEAWEEDFS_ENDPOINT in
+    *://*) export MLFLOW_S3_ENDPOINT_URL=$SEAWEEDFS_ENDPOINT ;;
+    *) export MLFLOW_S3_ENDPOINT_URL=http://$SEAWEEDFS_ENDPOINT ;;
+  esac
+  export AWS_ACCESS_KEY_ID=${SEAWEEDFS_ACCESS_KEY:-} AWS_SECRET_ACCESS_KEY=${SEAWEEDFS_SECRET_KEY:-}
+fi
+fetch=(--pin "$pin" --cache "$cache" --link "$link" --log-format json)
+if [ -d "$mount" ]; then fetch+=(--mount "$mount"); fi
+python3 -m model_fetch "${fetch[@]}" &
+worker_pid=$!
+wait_for_worker || end $?
+
+# TEI
+
+# Both refuse a GPU that cannot serve: the one of the image built from source, and the one of Hugging Face.
+if command -v require-gpu >/dev/null; then
+  tei=(require-gpu text-embeddings-router)
+elif [ -x /entrypoint.sh ]; then
+  tei=(/entrypoint.sh)
+else
+  tei=(text-embeddings-router)
+fi
+# TEI takes flags from variables too, some of which Kubernetes or the platform sets to something else.
+environment=()
+for name in PATH HOME LANG TZ LOG_LEVEL RUST_BACKTRACE LD_LIBRARY_PATH USE_FLASH_ATTENTION API_KEY ${!NVIDIA_@} ${!CUDA_@}; do
+  if [ -n "${!name:-}" ]; then environment+=("$name=${!name}"); fi
+done
+env -i "${environment[@]}" "${tei[@]}" --model-id="$link" --served-model-name="$wanted" \
+  --hostname=127.0.0.1 --port=8355 "${FLAGS[@]}" &
+worker_pid=$!
+wait_for_worker
+status=$?
+say "TEI ended with $status"
+if [ "$status" = 0 ]; then status=1; fi
+end "$status"
