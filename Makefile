@@ -28,6 +28,10 @@ test: $(INSTALLED) ## Run all tests, on real servers; says what it left out
 test-all: $(INSTALLED) $(VENV)/.reference ## The same, and the comparison with transformers and torch
 	$(BIN)/pytest $(PYTEST_ARGS)
 
+.PHONY: models
+models: $(INSTALLED) ## Print which model is served on which accelerator, from the rules
+	@$(BIN)/python -m tests.models.table
+
 .PHONY: bench
 bench: $(INSTALLED) ## Measure rendering against an empty template; prints a table
 	$(BIN)/python benchmarks/render.py

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
 
-from . import accelerator, sizing, thinkube
+from . import accelerator, compatibility, sizing, thinkube
 from .errors import ConfigurationError, UnsuitableModelError
 from .pin import Pin
 
@@ -105,6 +105,7 @@ RULES: dict[str, Rule] = {
     "mlflow_auth": _one_of("none", "token", "basic", "keycloak"),
     "replicas": Rule("a number of replicas: use a whole number from 1 to 99", r"[1-9][0-9]?"),
     "components": Rule(choices=lambda: COMPONENTS, many=True),
+    "model_task": _one_of(*compatibility.JINA_V3_TASKS),
     "pooling": _one_of("auto", "cls", "mean", "last-token"),
     "tei_image": _one_of("build", "official"),
     "tei_ref": Rule("a commit of TEI: use its 40 hexadecimal digits", r"[0-9a-f]{40}"),
@@ -170,6 +171,8 @@ def mapping(given: object) -> object:
 def check_together(given: Mapping[str, Any], pin: Pin) -> None:
     """Refuse answers that exclude each other.
 
+    Args: given: all answers of RULES, and accept_license. pin: as it is deployed.
+
     Raises: TemplateError, in one sentence that says which and what to change.
     """
     image = (given["image_platform"], given["tei_image"], given["tei_ref"])
@@ -181,6 +184,17 @@ def check_together(given: Mapping[str, Any], pin: Pin) -> None:
             "components: autoscaling-hpa and autoscaling-keda would fight over the replicas: "
             "choose one."
         )
+    licence = pin.facts.license or ""
+    if "-nc-" in licence and not truth(given["accept_license"]):
+        raise ConfigurationError(
+            f"{pin.model_id} is licensed {licence}, which forbids commercial use: answer "
+            "accept_license=true if yours is not."
+        )
+    gpu = accelerator.for_name(given["accelerator"])
+    hardware = replace(gpu, dtype=sizing.serving_dtype(pin.facts, gpu))
+    findings = compatibility.check_hardware(pin.facts.architecture, hardware)
+    if refused_there := compatibility.refusal(findings):
+        raise UnsuitableModelError(f"{pin.model_id} on {gpu.title}: {refused_there}")
     if refused := sizing.problem(pin, given) or thinkube.problem(pin, given):
         raise refused
     if pin.facts.pooling is None and given["pooling"] == "auto":

@@ -7,13 +7,27 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import yaml
 
 from .embedding_model import Facts, printable
 from .errors import ConfigurationError
-from .pin import Pin
+from .pin import JINA_V3, Pin
 from .registry import registered_name
+
+_JINA_V3_CONVERTED: Mapping[str, Any] = MappingProxyType(
+    {
+        "architecture": "nomic_bert",
+        "class_name": "NomicBertModel",
+        "max_input_tokens": 8192,
+        "pooling": "mean",
+        "parameters": 558_314_496,
+        "dtype": "float16",
+        "weights_bytes": 1_116_659_456,
+    }
+)
+"""Facts of a converted jina-embeddings-v3, as counted in a conversion of its full size."""
 
 _TABLE = Path(__file__).parent / "data" / "catalog.yaml"
 
@@ -80,6 +94,7 @@ def resolve(model_id: str, selector: str) -> Pin:
         revision=None,
         files=(),
         facts=model.facts,
+        conversion={"kind": JINA_V3} if model.facts.class_name == "XLMRobertaLoRA" else None,
     )
 
 
@@ -94,6 +109,22 @@ def enriched(pin: Pin) -> Pin:
         if not getattr(pin.facts, name)
     }
     return replace(pin, facts=replace(pin.facts, **missing))
+
+
+def deployed(pin: Pin, task: str) -> Pin:
+    """The pin as the cluster gets it: where a model is converted, the task, and what TEI then serves.
+
+    Args: task: the adapter that is merged in; of no meaning for a model that is not converted.
+    """
+    if pin.conversion is None:
+        return pin
+    prompts = load()["jinaai/jina-embeddings-v3"].facts.prompts
+    facts = replace(
+        pin.facts,
+        **_JINA_V3_CONVERTED,
+        prompts={name: text for name, text in prompts.items() if name == task},
+    )
+    return replace(pin, facts=facts, conversion={**pin.conversion, "task": task})
 
 
 def choices() -> list[tuple[str, str]]:

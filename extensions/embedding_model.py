@@ -37,6 +37,15 @@ _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _LONGEST_CONFIG = 1 << 20
 _LONGEST_HEADER = 64 << 20
+_ADAPTERS = (
+    "retrieval_query",
+    "retrieval_passage",
+    "separation",
+    "classification",
+    "text_matching",
+)
+"""Folders of jina-embeddings-v3-hf, one PEFT adapter per task."""
+
 _DIGEST_FOLDER = ".cache/huggingface/download"
 
 
@@ -238,6 +247,11 @@ def _files(folder: Folder, root: str, name: str) -> dict[str, Entry]:
         for entry in folder.entries(_join(root, "1_Pooling")):
             if entry.path.endswith("/config.json"):
                 found["1_Pooling/config.json"] = entry
+    for name_ in (n for n in _ADAPTERS if n in entries):
+        for entry in folder.entries(_join(root, name_)):
+            file_name = entry.path.rsplit("/", 1)[-1]
+            if file_name in ("adapter_config.json", "adapter_model.safetensors"):
+                found[f"{name_}/{file_name}"] = entry
     missing = [n for n in ("config.json", "tokenizer.json") if n not in found]
     if not any(_is_weight(n) for n in found):
         missing.append("model.safetensors (or pytorch_model.bin)")

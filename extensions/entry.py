@@ -68,6 +68,7 @@ class TextEmbeddings(Extension):
         # Pins resolved by this environment, by (model_id, model_version): Copier asks for a
         # default more than once, and a fresh pin must not count as stale (-d refresh=true).
         resolved: dict[tuple[str, str], dict[str, Any]] = {}
+        listed: list[tuple[str, str]] = []
 
         @pass_context
         def answers_are_valid(context: Context) -> bool:
@@ -80,16 +81,27 @@ class TextEmbeddings(Extension):
                 _module("pin").Pin.from_mapping(answers.mapping(context["pin"]))
             return True
 
-        @pass_context
-        def registered_models(context: Context) -> str:
-            """Choices of `model_id` for a person at the prompt; none when nobody is asked."""
+        def offered(context: Context) -> list[tuple[str, str]]:
+            """(label, model id) of what a person can choose from; [] when nobody is asked."""
             conf = context["_copier_conf"]
             if conf["defaults"] or "model_id" in conf["data"]:
-                return "[]"
-            choices = source().choices()
+                return []
+            if not listed:
+                listed.extend(source().choices())
             now = context.get("model_id")  # of an update: it stays eligible though it may be gone
-            known = now is None or now in (value for _, value in choices)
-            return json.dumps(choices if known else [*choices, (now, now)])
+            known = now is None or now in (value for _, value in listed)
+            return listed if known else [*listed, (now, now)]
+
+        @pass_context
+        def registered_models(context: Context) -> str:
+            """Choices of `model_id`."""
+            return json.dumps(offered(context))
+
+        @pass_context
+        def first_model(context: Context, usual: str) -> str:
+            """Default of `model_id`: the usual one, or the first that is there to choose."""
+            values = [value for _, value in offered(context)]
+            return usual if usual in values or not values else values[0]
 
         def source() -> ModuleType:
             """Who knows models: the registry, or the catalogue when no registry is at hand."""
@@ -129,11 +141,19 @@ class TextEmbeddings(Extension):
         @pass_context
         def answers_agree(context: Context) -> bool:
             """Check the answers that only make sense together, before a file is written."""
-            answers.check_together({name: context[name] for name in answers.RULES}, pin_of(context))
+            given = {name: context[name] for name in (*answers.RULES, "accept_license")}
+            answers.check_together(given, pin_of(context))
             return True
 
         def pin_of(context: Context) -> Any:
-            return _module("pin").Pin.from_mapping(context["pin"])
+            """The pin as the cluster gets it."""
+            pin = _module("pin").Pin.from_mapping(context["pin"])
+            return catalog.deployed(pin, context["model_task"])
+
+        @pass_context
+        def deployed_pin(context: Context) -> object:
+            """What pin.json says."""
+            return pin_of(context).to_mapping()
 
         @pass_context
         def plan(context: Context) -> object:
@@ -141,26 +161,6 @@ class TextEmbeddings(Extension):
             given = {name: context[name] for name in answers.RULES}
             return _module("sizing").plan(pin_of(context), given)
 
-        functions = {
-            "answers_are_valid": answers_are_valid,
-            "answers_agree": answers_agree,
-            "answer_problem": answers.problem,
-            "registered_models": registered_models,
-            "pin_is_asked": pin_is_asked,
-            "resolved_pin": resolved_pin,
-            "pin_problem": pin_problem,
-            "accelerator_choices": lambda: json.dumps(accelerator.choices()),
-            "accelerator_of": accelerator.for_name,
-            "plan": plan,
-        }
-        environment.globals.update({name: _spoken(f) for name, f in functions.items()})
-        environment.filters.update(
-            yaml_text=texts.yaml_text,
-            yaml_name=texts.yaml_name,
-            markdown_code=texts.markdown_code,
-            markdown_text=texts.markdown_text,
-            shell_text=texts.shell_text,
-            without_credentials=texts.without_credentials,
         @pass_context
         def thinkube(context: Context) -> object:
             """How Thinkube runs the model."""
@@ -172,6 +172,28 @@ class TextEmbeddings(Extension):
             """Where the Kubernetes objects are: Thinkube writes k8s/ itself."""
             return "deploy" if context["platform"] == "thinkube" else "k8s"
 
-        )
+        functions = {
+            "answers_are_valid": answers_are_valid,
+            "answers_agree": answers_agree,
+            "answer_problem": answers.problem,
+            "registered_models": registered_models,
+            "first_model": first_model,
+            "pin_is_asked": pin_is_asked,
+            "resolved_pin": resolved_pin,
+            "pin_problem": pin_problem,
+            "accelerator_choices": lambda: json.dumps(accelerator.choices()),
+            "accelerator_of": accelerator.for_name,
+            "deployed_pin": deployed_pin,
+            "plan": plan,
             "thinkube": thinkube,
             "objects_folder": objects_folder,
+        }
+        environment.globals.update({name: _spoken(f) for name, f in functions.items()})
+        environment.filters.update(
+            yaml_text=texts.yaml_text,
+            yaml_name=texts.yaml_name,
+            markdown_code=texts.markdown_code,
+            markdown_text=texts.markdown_text,
+            shell_text=texts.shell_text,
+            without_credentials=texts.without_credentials,
+        )

@@ -7,14 +7,19 @@ in the answers file and in the cluster; here it is checked, resolved, and compar
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from . import embedding_model
-from .embedding_model import Facts, PinnedFile
+from . import compatibility, embedding_model
+from .compatibility import JINA_V3_TASKS
+from .embedding_model import EmbeddingModel, Facts, PinnedFile
 from .errors import ConfigurationError, NotFoundError, UnsuitableModelError
 from .registry import Registry, VersionFolder, registered_name, tracking_uri
+
+JINA_V3 = "jina-embeddings-v3"
+"""The conversion of that model: one task's adapter merged into its weights (model_fetch/jina.py)."""
 
 _MOST_CHOICES = 60
 
@@ -43,14 +48,22 @@ class Pin:
 
     files: tuple[PinnedFile, ...]
     facts: Facts
+    conversion: Mapping[str, str] | None = None
+    """What model-fetch makes of the files before TEI can load them: `kind`, and the `task` once it is
+    answered. None: nothing."""
+
+    remarks: tuple[str, ...] = ()
+    """What the rules of compatibility.py say of this version, one sentence each."""
 
     def to_mapping(self) -> dict[str, Any]:
         """As it stands in the answers file and in pin.json."""
-        mapping: dict[str, Any] = {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("files", "facts")
-        }
+        mapping: dict[str, Any] = {name: getattr(self, name) for name in _TEXTS}
         mapping["files"] = [_file_mapping(file) for file in self.files]
         mapping["facts"] = asdict(self.facts) | {"prompts": dict(self.facts.prompts)}
+        if self.conversion is not None:
+            mapping["conversion"] = dict(self.conversion)
+        if self.remarks:
+            mapping["remarks"] = list(self.remarks)
         return mapping
 
     @classmethod
@@ -69,7 +82,13 @@ class Pin:
                 "pin.files or pin.artifact_uri is missing though a version is pinned: resolve the "
                 "pin again."
             )
-        return cls(**values, files=parsed, facts=_parsed_facts(pin.get("facts")))
+        return cls(
+            **values,
+            files=parsed,
+            facts=_parsed_facts(pin.get("facts")),
+            conversion=_parsed_conversion(pin.get("conversion")),
+            remarks=_parsed_remarks(pin.get("remarks")),
+        )
 
 
 _REQUIRED = frozenset({"model_id", "registered_model", "selector"})
@@ -159,6 +178,27 @@ def _parsed_facts(mapping: object) -> Facts:
     return Facts(**(values | {"prompts": dict(sorted(prompts.items()))}))
 
 
+def _parsed_conversion(mapping: object) -> Mapping[str, str] | None:
+    if mapping is None:
+        return None
+    conversion = _checked("pin.conversion", mapping, dict)
+    task = conversion.get("task")
+    known = conversion.get("kind") == JINA_V3 and (task is None or task in JINA_V3_TASKS)
+    if not known or set(conversion) - {"kind", "task"}:
+        raise ConfigurationError(
+            f"pin.conversion is not known: it is {{kind: {JINA_V3}, task: one of "
+            f"{', '.join(JINA_V3_TASKS)}}}."
+        )
+    return dict(conversion)
+
+
+def _parsed_remarks(value: object) -> tuple[str, ...]:
+    remarks = _checked("pin.remarks", value if value is not None else [], list)
+    if not all(isinstance(remark, str) and remark.isprintable() for remark in remarks):
+        raise ConfigurationError("pin.remarks holds what is no sentence: resolve the pin again.")
+    return tuple(remarks)
+
+
 # Resolving
 
 
@@ -184,6 +224,7 @@ def resolve(model_id: str, selector: str) -> Pin:
     model = embedding_model.inspect(
         VersionFolder(registry, version), f"Version {version.version} of {name}"
     )
+    remarks, converted = _judged(model, f"Version {version.version} of {name}")
     return Pin(
         model_id=model_id,
         registered_model=name,
@@ -195,7 +236,26 @@ def resolve(model_id: str, selector: str) -> Pin:
         revision=model.revision,
         files=model.files,
         facts=model.facts,
+        conversion={"kind": JINA_V3} if converted else None,
+        remarks=remarks,
     )
+
+
+def _judged(model: EmbeddingModel, name: str) -> tuple[tuple[str, ...], bool]:
+    """(what the rules remark, whether the model must be converted).
+
+    Raises: UnsuitableModelError when TEI cannot serve it on any hardware.
+    """
+    files = {**dict.fromkeys(file.path for file in model.files), **model.configs}
+    converted = compatibility.Model(files).is_jina_v3
+    # Pooling and task are questions of the template: that they are open is nothing against a model.
+    task = JINA_V3_TASKS[0] if converted else None
+    findings = compatibility.check(files, task=task, pooling=model.facts.pooling or "as answered")
+    if refused := compatibility.refusal(findings):
+        raise UnsuitableModelError(f"{name} cannot be served by TEI: {refused}")
+    told = (compatibility.FIXED, compatibility.WARNED)
+    remarks = [f.message for f in findings if f.outcome in told and f.rule != "conversion"]
+    return tuple(embedding_model.printable(remark) for remark in remarks), converted
 
 
 def stale(pin: Pin, model_id: str, selector: str) -> str:

@@ -13,6 +13,7 @@ from math import ceil
 from typing import Any
 
 from . import accelerator as accelerators
+from . import compatibility
 from .accelerator import Accelerator
 from .egress import Egress, destinations
 from .embedding_model import Facts
@@ -73,6 +74,12 @@ _LOAD_BYTES_PER_SECOND = 50e6
 
 _FETCH_BYTES_PER_SECOND = 20e6
 """Fetching a model from MLflow. Assumed."""
+
+_USUAL_INPUT_TOKENS = 512
+"""Of a chunk of text as retrieval pipelines cut it."""
+
+_CONCURRENT_CLIENTS = 8
+"""That send full batches at the same time. Assumed."""
 
 PORT = 8355
 PRE_STOP_SECONDS = 15
@@ -235,7 +242,7 @@ def plan(pin: Pin, given: Mapping[str, Any]) -> Plan:
     dtype = serving_dtype(facts, gpu)
     batch_tokens = max_batch_tokens(pin, gpu)
     served = min(facts.max_input_tokens or batch_tokens, batch_tokens)
-    client_batch = 128 if gpu.is_gpu else 32
+    client_batch = max_client_batch_size(facts, gpu)
     memory = memory_needed(facts, gpu, batch_tokens)
     workers = 4 if gpu.is_gpu else 2
     replicas = int(given["replicas"])
@@ -271,7 +278,7 @@ def plan(pin: Pin, given: Mapping[str, Any]) -> Plan:
         min_replicas=replicas,
         max_replicas=2 * replicas,
         scale_up_seconds=min(600, startup),
-        queue_target=max(4, batch_tokens // 512),
+        queue_target=max(4, batch_tokens // _USUAL_INPUT_TOKENS),
         slo_seconds=slo_seconds(facts, gpu, batch_tokens),
         slow_base_seconds=0.02,
         slow_token_seconds=2 * _parameters(facts) / _SLOW_GPU_FLOPS,
@@ -402,7 +409,9 @@ def max_batch_tokens(pin: Pin, gpu: Accelerator) -> int:
     fitting = [
         a.name
         for a in accelerators.load().values()
-        if a.is_gpu and _fits(facts, a, _SMALLEST_BATCH_TOKENS, wanted=False)
+        if a.is_gpu
+        and _fits(facts, a, _SMALLEST_BATCH_TOKENS, wanted=False)
+        and not compatibility.refusal(compatibility.check_hardware(facts.architecture, a))
     ]
     has = (
         f"{gpu.title} has {available_bytes(gpu) / GIB:.1f} GiB to give"
@@ -489,6 +498,18 @@ def request_seconds(facts: Facts, gpu: Accelerator) -> int:
     return min(600, max(60, 30 * ceil(seconds / 30)))
 
 
+def max_client_batch_size(facts: Facts, gpu: Accelerator) -> int:
+    """Inputs per request: OpenAI's clients send up to 2,048, TEI's own limit is 32.
+
+    As many as leave time for the full batches of all concurrent clients within the longest request.
+
+    Returns: a power of two, 32 to 512: more of them would not fit into --payload-limit.
+    """
+    operations = 2 * _parameters(facts) * _USUAL_INPUT_TOKENS * _CONCURRENT_CLIENTS
+    most = request_seconds(facts, gpu) * _SUSTAINED_FLOPS[gpu.is_gpu] / operations
+    return next((n for n in (512, 256, 128, 64) if n <= most), 32)
+
+
 def startup_seconds(facts: Facts, gpu: Accelerator, batch_tokens: int) -> int:
     """Budget from the start of TEI's process to its first answer.
 
@@ -556,7 +577,6 @@ def _flags(
 ) -> Iterator[Flag]:
     """TEI's flags in the order of its own help, each with its reason."""
     facts = pin.facts
-    concurrency = 8 if gpu.is_gpu else 16
     yield Flag(
         "--model-id", "/model/current", "The link that model-fetch sets to the pinned version"
     )
@@ -585,12 +605,13 @@ def _flags(
     yield Flag(
         "--max-client-batch-size",
         str(client_batch),
-        "Inputs per request; more are answered with 422",
+        f"Inputs per request; {_CONCURRENT_CLIENTS} such requests of {_USUAL_INPUT_TOKENS} tokens each "
+        "are computed within the longest one",
     )
     yield Flag(
         "--max-concurrent-requests",
-        str(client_batch * concurrency),
-        f"TEI counts inputs, not requests: {concurrency} full batches at a time, then 429",
+        str(client_batch * _CONCURRENT_CLIENTS),
+        f"TEI counts inputs, not requests: {_CONCURRENT_CLIENTS} full batches at a time, then 429",
     )
     yield Flag(
         "--tokenization-workers",
@@ -604,7 +625,12 @@ def _flags(
         "true",
         "A too long input is cut, not refused; clients may ask for an error with truncate=false",
     )
-    yield Flag("--default-prompt", None, _prompt_reason(facts))
+    task = (pin.conversion or {}).get("task")
+    if task and facts.prompts:
+        prompt = f"The model was trained with it for {task}; /v1/embeddings takes no prompt name"
+        yield Flag("--default-prompt-name", task, prompt)
+    else:
+        yield Flag("--default-prompt", None, _prompt_reason(facts))
     yield Flag(
         "--payload-limit",
         str(_PAYLOAD_BYTES),

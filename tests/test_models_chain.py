@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -18,9 +17,6 @@ from copier.errors import UserMessageError
 
 from demo.registry import register_snapshot
 from extensions import compatibility
-from extensions import pin as pins
-from extensions.errors import TemplateError
-from extensions.pin import Pin
 from tests.models import folders
 from tests.models.folders import JINA_V3, MODEL_IDS
 
@@ -70,12 +66,11 @@ class Fetched:
 def chain(
     server: str, render: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Fetched]:
-    """Resolve a pin, render with it, and run the rendered program on the rendered pin."""
+    """Render against the registry, and run the rendered program on the rendered pin."""
 
-    def run(model_id: str, version: str, **changes: Any) -> Fetched:
+    def run(model_id: str, version: str, **answers: Any) -> Fetched:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
-        mapping = pins.resolve(model_id, version).to_mapping() | changes
-        repository = render(model_id=model_id, model_version=version, pin=mapping)
+        repository = render(model_id=model_id, model_version=version, **answers)
         link = tmp_path / "model/current"
         result = subprocess.run(
             [
@@ -122,28 +117,22 @@ def test_a_model_that_was_saved_again_is_repaired(chain, model_id):
     assert {f.outcome for f in findings} <= {compatibility.OK, compatibility.WARNED}
 
 
-def test_jina_v3_without_a_task_is_refused(chain):
-    fetched = chain(JINA_V3, "1")
-    assert fetched.code == 9
-    assert "choose one of its tasks" in fetched.log
-    assert "Traceback" not in fetched.log
-    assert not fetched.folder.exists()
+def test_jina_v3_is_refused_until_its_licence_is_accepted(chain):
+    with pytest.raises(UserMessageError, match=r"licensed cc-by-nc-4\.0, which forbids commercial"):
+        chain(JINA_V3, "1")
 
 
-@pytest.mark.skipif(
-    "conversion" not in {field.name for field in dataclasses.fields(Pin)},
-    reason="a pin cannot say a conversion yet",
-)
 @pytest.mark.parametrize("task", ["retrieval.passage", "text-matching"])
 def test_jina_v3_is_converted_for_its_task(chain, task):
-    fetched = chain(JINA_V3, "1", conversion={"kind": "jina-embeddings-v3", "task": task})
+    fetched = chain(JINA_V3, "1", accept_license=True, model_task=task)
     assert fetched.code == 0, fetched.log
     assert f"merged the adapter {task}" in fetched.log
     assert fetched.json("config.json")["model_type"] == "nomic_bert"
     assert fetched.json("conversion.json")["task"] == task
     prompt = fetched.json("config_sentence_transformers.json")["prompts"].get(task, "")
     assert prompt == folders.configs(JINA_V3)["config.json"]["task_instructions"][task]
-    assert compatibility.verdict(compatibility.check(fetched.files)) == compatibility.OK
+    findings = compatibility.check(fetched.files)
+    assert {f.outcome for f in findings} <= {compatibility.OK, compatibility.WARNED}
 
 
 def without(path: str) -> Callable[[Path], None]:
@@ -214,7 +203,7 @@ def test_a_broken_copy_is_refused_in_one_line(chain, server, tmp_path, name):
     register_snapshot(server, folder, broken_id)
     try:
         fetched = chain(broken_id, "1")
-    except (TemplateError, UserMessageError) as error:
+    except UserMessageError as error:
         said = str(error)
     else:
         assert fetched.code in (7, 9), fetched.log

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import cache, lock, sources
@@ -76,7 +76,7 @@ def resolve(pin: Pin, settings: Settings, console: Console) -> Pin:
         model=found.registered_model,
         version=found.version,
     )
-    return found
+    return replace(found, conversion=pin.conversion)
 
 
 def make_ready(pin: Pin, settings: Settings, console: Console, stop: Stop) -> Outcome:
