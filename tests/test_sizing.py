@@ -47,6 +47,7 @@ def plan(model_id: str, name: str, **changes: Any) -> sizing.Plan:
 # 3 x bytes x heads x longest input. Weights: parameters x bytes of a number.
 TABLE = {
     ("BAAI/bge-base-en-v1.5", "l4"): {
+        "max_client_batch_size": 512,  # 2 x 109,482,240 x 512 x 8 x 512 / 20e12 = 23 s of 60
         "dtype": "float16",
         "max_batch_tokens": 16384,
         "served_input_tokens": 512,
@@ -65,6 +66,7 @@ TABLE = {
         "claim": sizing.Claim("text-embeddings-models-16gi", "ReadWriteOnce", 16),
     },
     ("Qwen/Qwen3-Embedding-4B", "gb10"): {
+        "max_client_batch_size": 64,  # 2 x 4.02e9 x 512 x 8 x 64 / 20e12 = 105 s of 210; 128 would be 210.8
         "dtype": "float16",
         "max_batch_tokens": 40960,  # its own context
         "served_input_tokens": 40960,
@@ -82,6 +84,7 @@ TABLE = {
         "claim": sizing.Claim("text-embeddings-models-32gi", "ReadWriteOnce", 32),
     },
     ("Alibaba-NLP/gte-large-en-v1.5", "cpu"): {
+        "max_client_batch_size": 32,  # TEI's own; 2 x 434e6 x 512 x 8 x 32 / 0.1e12 is above 600 s already
         "dtype": "float32",
         # 8,192: x (147,456 + 3 x 4 x 16 x 8,192) = 13.1 GiB; 4,096: x (147,456 + 3 x 4 x 16 x 4,096) = 3.6
         "max_batch_tokens": 4096,
@@ -99,6 +102,7 @@ TABLE = {
         "claim": sizing.Claim("text-embeddings-models-16gi", "ReadWriteOnce", 16),
     },
     ("Alibaba-NLP/gte-large-en-v1.5", "t4"): {
+        "max_client_batch_size": 256,  # 2 x 434e6 x 512 x 8 x 256 / 20e12 = 46 s of 60
         "dtype": "float16",
         # 16,384: 868e6 + 16,384 x (73,728 + 3 x 2 x 16 x 8,192) + 1 GiB = 14.9 of 12.6 GiB; 8,192: 8.4
         "max_batch_tokens": 8192,

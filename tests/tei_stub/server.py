@@ -51,7 +51,7 @@ class Stub:
     model: str = "nomic-ai/nomic-embed-text-v1.5"
     dimensions: int = 768
     max_input_length: int = 8192
-    max_client_batch_size: int = 128
+    max_client_batch_size: int = 512
     dtype: str = "float16"
     pooling: str = "mean"
     key: str | None = None
@@ -70,7 +70,7 @@ class Stub:
             "model_type": {"reranker": score}
             if self.fault == "reranker"
             else {"embedding": {"pooling": pooling}},
-            "max_concurrent_requests": 1024,
+            "max_concurrent_requests": 4096,
             "max_input_length": 512 if self.fault == "other context" else self.max_input_length,
             "max_batch_tokens": 16384,
             "max_batch_requests": None,
