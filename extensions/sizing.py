@@ -191,6 +191,9 @@ class Plan:
     request_seconds: int
     """Longest request: what routes let live, and what a drain waits for."""
 
+    pre_stop_seconds: int
+    """Between a pod's leaving the Service and SIGTERM."""
+
     grace_seconds: int
     """terminationGracePeriodSeconds."""
 
@@ -269,6 +272,7 @@ def plan(pin: Pin, given: Mapping[str, Any]) -> Plan:
         startup_failures=ceil(startup / 5),
         liveness_failures=max(4, ceil(request / 30) + 1),
         request_seconds=request,
+        pre_stop_seconds=PRE_STOP_SECONDS,
         grace_seconds=PRE_STOP_SECONDS + request + 5,
         progress_seconds=600 + fetch_seconds + startup,
         surge=not gpu.is_gpu
@@ -655,6 +659,6 @@ def _prompt_reason(facts: Facts) -> str:
     if not facts.prompts:
         return "The model has no prefixes"
     return (
-        "Not given: it would stand before queries and documents alike; clients write the model's "
+        "It would stand before queries and documents alike; clients write the model's "
         f"prefixes themselves ({', '.join(facts.prompts)})"
     )
