@@ -1,0 +1,93 @@
+"""The image of the smoke test, built by a real builder and run as its Job runs it.
+
+The base image and the wheels are stood in for as in test_model_fetch_image.py; with its Debian already
+there, this takes about a minute, and downloads the wheels once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.tei_stub.server import Stub, serving
+from tests.test_model_fetch_image import HARDENED, PACKAGES, PYTHON, served
+
+if TYPE_CHECKING:
+    from tests.containers.engine import Engine
+
+pytest_plugins = ["tests.containers.engine"]
+
+SOURCES = Path(__file__).parents[1] / "template/smoke"
+MODEL = "BAAI/bge-base-en-v1.5"
+KEY = "a-key-that-is-right"
+
+
+@pytest.fixture(scope="module")
+def image(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> str:
+    requirements = SOURCES / "requirements.txt"
+    name = hashlib.sha256(requirements.read_bytes()).hexdigest()[:12]
+    wheels = engine.store / f"wheels-smoke-{name}"
+    if not wheels.exists():
+        part = wheels.with_name(wheels.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"),
+                *("--only-binary=:all:", f"--python-version={PYTHON}", "--implementation=cp"),
+                *("--require-hashes", "--requirement", str(requirements), "--dest", str(part)),
+            ],
+            text=True,
+            capture_output=True,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        part.rename(wheels)
+    context = tmp_path_factory.mktemp("context")
+    for file in ("Dockerfile", "requirements.txt", "smoke.py"):
+        shutil.copy(SOURCES / file, context)
+    with served(wheels) as url:
+        engine.docker(
+            *("build", "--network=host", "--tag=test/smoke"),
+            *("--build-arg", f"BASE_IMAGE={engine.debian(PACKAGES)}"),
+            *("--build-arg", "PIP_NO_INDEX=1", "--build-arg", f"PIP_FIND_LINKS={url}"),
+            context,
+        )
+    return "test/smoke"
+
+
+@pytest.fixture
+def expected(render: Callable[..., Path], pin_of: Callable[..., dict[str, Any]]) -> Path:
+    folder = render(model_id=MODEL, pin=pin_of(MODEL), components=["api-key"])
+    return folder / "smoke/expected.json"
+
+
+@pytest.mark.parametrize(("fault", "code"), [("", 0), ("not normalised", 1)])
+def test_it_runs_with_nothing_that_a_job_may_not_have(
+    fault: str, code: int, engine: Engine, image: str, expected: Path
+) -> None:
+    said = json.loads(expected.read_text())
+    stub = Stub(
+        model=MODEL,
+        max_input_length=said["max_input_tokens"],
+        max_client_batch_size=said["max_client_batch_size"],
+        pooling="cls",
+        key=KEY,
+        fault=fault,
+    )
+    with serving(stub) as url:
+        done = engine.docker(
+            *("run", "--rm", "--network=host", *HARDENED, f"--env=API_KEY={KEY}"),
+            f"--volume={expected}:/etc/smoke/expected.json:ro",
+            *(image, f"--url={url}", "--expected=/etc/smoke/expected.json"),
+            check=False,
+        )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "  ok    health" in done.stdout
+    assert ("FAIL" in done.stdout) == bool(code)
