@@ -29,6 +29,11 @@ _JINA_V3_CONVERTED: Mapping[str, Any] = MappingProxyType(
 )
 """Facts of a converted jina-embeddings-v3, as counted in a conversion of its full size."""
 
+_PREFIXES_NEEDED = (
+    "The model was trained with a prefix before every text and gives worse vectors without it: "
+    "clients write it."
+)
+
 _TABLE = Path(__file__).parent / "data" / "catalog.yaml"
 
 
@@ -99,7 +104,7 @@ def resolve(model_id: str, selector: str) -> Pin:
 
 
 def enriched(pin: Pin) -> Pin:
-    """A pin with the licence and the prefixes that no file of the model says."""
+    """A pin with what no file of a well-known model says: its licence, its prefixes, their weight."""
     model = find(pin.model_id)
     if model is None:
         return pin
@@ -108,7 +113,8 @@ def enriched(pin: Pin) -> Pin:
         for name in ("license", "prompts")
         if not getattr(pin.facts, name)
     }
-    return replace(pin, facts=replace(pin.facts, **missing))
+    remarks = (*pin.remarks, _PREFIXES_NEEDED) if model.prompts_needed else pin.remarks
+    return replace(pin, facts=replace(pin.facts, **missing), remarks=remarks)
 
 
 def deployed(pin: Pin, task: str) -> Pin:
