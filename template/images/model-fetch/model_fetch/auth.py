@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from urllib.parse import urlencode, urlsplit
 
 from .failures import ConfigurationError, DeniedError, UnreachableError
-from .transport import ConnectionFailed, Request, Wire, place, read_json
+from .transport import RETRYABLE, ConnectionFailed, Request, Wire, place, read_json
 
 # A token is renewed when this share of its life is over: in time for a request that is under way.
 RENEW_AT = 0.8
@@ -25,7 +25,10 @@ class Credentials:
     """The `Authorization` header for the registry. Safe to use from several threads."""
 
     def headers(self) -> dict[str, str]:
-        """The headers to send now."""
+        """The headers to send now.
+
+        Raises: ConnectionFailed when trying again may help, DeniedError, UnreachableError.
+        """
         return {}
 
     def renew(self, refused: Mapping[str, str]) -> bool:
@@ -77,11 +80,11 @@ class Keycloak(Credentials):
         try:
             response = wire.send(request)
             answer = read_json(response) or {}
-        except ConnectionFailed as error:
-            raise UnreachableError(f"no token: {error}") from None
         finally:
             wire.close()
         where = place(self._url)
+        if response.status in RETRYABLE:
+            raise ConnectionFailed(f"{where} answers {response.status}")
         if response.status in (400, 401, 403):
             reason = str(answer.get("error", f"status {response.status}"))[:60]
             raise DeniedError(

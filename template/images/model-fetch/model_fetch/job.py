@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from dataclasses import dataclass
 
@@ -43,6 +44,9 @@ class Job:
         self.follower: Follower | None = None
         self.fd = -1
         self.probing = self.ranges = False
+        # The kernel lets one thread at a time write to a file, and the others burn their time
+        # spinning for it (inode rwsem); here they sleep.
+        self.writing = threading.Lock()
         self._retired: list[Journal | int] = []
         self._begin(self._known() or Progress(chunk_size), whole=False)
 

@@ -7,8 +7,8 @@ import re
 
 from .embedding_model import PinnedFile
 from .failures import DeniedError, NotFoundError, UnreachableError
+from .transport import RETRYABLE
 
-RETRYABLE = frozenset({408, 425, 429, 500, 502, 503, 504})
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 

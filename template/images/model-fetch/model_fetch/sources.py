@@ -23,6 +23,7 @@ from .console import Console
 from .embedding_model import PinnedFile
 from .failures import (
     ConfigurationError,
+    DeniedError,
     NotFoundError,
     TemplateError,
     UnreachableError,
@@ -30,7 +31,16 @@ from .failures import (
 )
 from .pin import Pin
 from .settings import Settings
-from .transport import ConnectionFailed, Request, Wire, origin, place, read_json, tls_context
+from .transport import (
+    RETRYABLE,
+    ConnectionFailed,
+    Request,
+    Wire,
+    origin,
+    place,
+    read_json,
+    tls_context,
+)
 
 API = "/api/2.0"
 # MLflow signs for 300 s by default (MLFLOW_PRESIGNED_DOWNLOAD_URL_TTL_SECONDS); renewed in time.
@@ -41,6 +51,11 @@ FRESH = 5.0  # seconds in which a refused address was not refused for its age
 
 class NotOffered(Exception):
     """This way is not open here; the text says why, without secrets."""
+
+    def __init__(self, reason: str, error: TemplateError | None = None) -> None:
+        """error: what the run ends with when no other way is open either."""
+        super().__init__(reason)
+        self.error = error
 
 
 class Source(ABC):
@@ -181,18 +196,15 @@ class Presigned(Signed):
                 if not (answer or {}).get("multipart_downloads_enabled"):
                     raise NotOffered("this MLflow server signs no addresses for its store")
             smallest = min(self._pin.files, key=lambda file: file.size)
-            try:
-                request = self.request(smallest)
-            except NotFoundError:
-                raise NotOffered(
-                    "this MLflow server signs no addresses for this artifact"
-                ) from None
-            try:
-                wire.send(request.with_headers(Range="bytes=0-0"))
-            except ConnectionFailed as error:
-                raise NotOffered(
-                    f"the store behind MLflow is out of reach here ({error})"
-                ) from None
+            request = self.request(smallest)
+            wire.send(request.with_headers(Range="bytes=0-0"))
+        except NotFoundError:
+            raise NotOffered("this MLflow server signs no addresses for this artifact") from None
+        except ConnectionFailed as error:
+            reason = f"MLflow, or the store that it signs for, does not answer here ({error})"
+            raise NotOffered(reason, UnreachableError(reason)) from None
+        except DeniedError as error:
+            raise NotOffered(str(error), error) from None
         finally:
             wire.close()
 
@@ -220,16 +232,24 @@ class Presigned(Signed):
         return Request(url, headers)
 
     def _ask(self, wire: Wire, request: Request) -> dict[str, Any] | None:
-        """The JSON answer; None for anything that is not a success."""
+        """The JSON answer; None when the server has none to this question.
+
+        Raises: ConnectionFailed when trying again may help, DeniedError.
+        """
         for _ in range(2):
             headers = self._credentials.headers()
-            try:
-                response = wire.send(request.with_headers(**headers))
-                answer = read_json(response)
-            except ConnectionFailed as error:
-                raise UnreachableError(f"MLflow does not answer: {error}") from None
+            response = wire.send(request.with_headers(**headers))
+            answer = read_json(response)
             if response.status != 401 or not self._credentials.renew(headers):
                 break
+        # Not 500: MLflow answers so where it lacks what is asked for.
+        if response.status in RETRYABLE - {500}:
+            raise ConnectionFailed(f"{place(request.url)} answers {response.status}")
+        if response.status in (401, 403):
+            raise DeniedError(
+                f"MLflow signs no address ({response.status}): check the credentials and that they "
+                "may read the model"
+            )
         return answer if response.status == 200 else None
 
 
@@ -380,6 +400,7 @@ def choose(pin: Pin, settings: Settings, console: Console) -> Source:
         try:
             source.check()
         except NotOffered as reason:
+            unlike = unlike or reason.error
             reasons.append(str(reason))
             continue
         except TemplateError as error:

@@ -86,9 +86,20 @@ class Transfer:
                 thread.join()
             for follower in self._followers:
                 follower.join()
+            if self._stop.is_set() and self._settings.sync:
+                self._keep()
             for job in self._jobs:
                 job.close()
         return {job.file.path: job.sha256 for job in self._jobs}
+
+    def _keep(self) -> None:
+        """Flushes what has arrived, so that a pod on another machine can go on with it."""
+        for job in self._jobs:
+            if job.journal is not None and not job.finished:
+                try:
+                    job.journal.checkpoint(job.fd)
+                except OSError:
+                    return
 
     # What a worker tells (worker.Observer)
 

@@ -16,6 +16,8 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 from .failures import ConfigurationError
 
 REDIRECTS = 5
+# Statuses that a later try may find gone (RFC 9110, RFC 6585).
+RETRYABLE = frozenset({408, 425, 429, 500, 502, 503, 504})
 CREDENTIAL_HEADERS = frozenset({"authorization", "cookie"})
 # The names that MLflow's client, boto3, curl and OpenSSL look at, in the order of preference.
 CA_VARIABLES = (

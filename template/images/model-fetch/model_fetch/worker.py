@@ -73,13 +73,15 @@ class Worker:
         failures = refusals = 0
         while True:
             self._check(work)
-            request = self._source.request(work.job.file)
+            request = None
             try:
+                request = self._source.request(work.job.file)
                 self._receive(request, work, position)
                 return
             except DeniedError:
                 refusals += 1
-                if refusals == MAX_REFUSALS or not self._source.refused(work.job.file, request):
+                final = request is None or refusals == MAX_REFUSALS
+                if final or not self._source.refused(work.job.file, request):
                     raise
             except (Again, ConnectionFailed) as error:
                 reached = error.position if isinstance(error, Cut) else position
@@ -124,7 +126,8 @@ class Worker:
             if not count:
                 raise Cut("the connection was cut", position)
             self._check(work)
-            _write(work.fd, self._buffer[:count], position)
+            with work.job.writing:
+                _write(work.fd, self._buffer[:count], position)
             self._buffer = work.follower.hand_over(position, self._buffer, count)
             self._observer.received(count)
             before, position = position, position + count
@@ -150,7 +153,7 @@ class Worker:
             )
         after = getattr(reason, "after", None)
         if after is None:
-            after = min(0.1 * 2**failures, MAX_BACKOFF) * random.uniform(0.5, 1.0)  # noqa: S311
+            after = min(0.1 * 2**failures, MAX_BACKOFF) * random.uniform(0.5, 1.0)
         self._stop.sleep(min(after, MAX_RETRY_AFTER))
 
 

@@ -37,6 +37,8 @@ class Keycloak:
     port: int = 0
     forms: list[dict[str, str]] = field(default_factory=list)
     refuse: bool = False
+    unavailable: int = 0
+    """So many of the next answers are 503."""
 
     @property
     def env(self) -> dict[str, str]:
@@ -57,6 +59,12 @@ def keycloak(store: Store, **more: object) -> Iterator[Keycloak]:
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+            if provider.unavailable > 0:
+                provider.unavailable -= 1
+                self.send_response(503)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             provider.forms.append({name: values[0] for name, values in parse_qs(body).items()})
             token = f"t0ken-{len(provider.forms)}-kc"
             answer = {"access_token": token, "expires_in": provider.expires_in}
@@ -142,6 +150,15 @@ def test_a_token_that_is_refused_in_mid_download_is_renewed(
     assert_no_secret(pod, run.log)
 
 
+def test_a_provider_that_is_away_for_a_moment_is_asked_again(
+    pod: Pod, mirrored: PinnedModel, locked: Store
+) -> None:
+    with keycloak(locked, unavailable=3) as provider:
+        run = pod.run(mirrored, locked.url, env=provider.env)
+    assert_ready(run, pod, mirrored)
+    assert provider.unavailable == 0
+
+
 def test_a_provider_that_refuses_is_said(pod: Pod, mirrored: PinnedModel, locked: Store) -> None:
     with keycloak(locked, refuse=True) as provider:
         run = pod.run(mirrored, locked.url, env=provider.env)
@@ -158,7 +175,7 @@ def test_a_provider_that_is_down_is_the_network(
         "MLFLOW_KEYCLOAK_CLIENT_ID": "fetch",
         "MLFLOW_CLIENT_SECRET": SECRETS["MLFLOW_CLIENT_SECRET"],
     }
-    assert_failed(pod.run(mirrored, locked.url, env=env), pod, 5)
+    assert_failed(pod.run(mirrored, locked.url, "--retries", "1", env=env), pod, 5)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +231,7 @@ def test_credentials_do_not_follow_a_redirect_to_another_host(
     token = SECRETS["MLFLOW_TRACKING_TOKEN"]
     with serve(mirrored.files, tokens={None}) as elsewhere:  # type: ignore[arg-type]
         to = f"Location: http://localhost:{elsewhere.port}/api/2.0/mlflow-artifacts/artifacts"
-        plan = lambda number, path, wanted: Fault(  # noqa: E731
+        plan = lambda number, path, wanted: Fault(
             status=307, headers=(f"{to}/{path.partition('/artifacts/')[2]}",)
         )
         with breaking(elsewhere.port, plan) as proxy:

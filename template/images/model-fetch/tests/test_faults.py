@@ -113,7 +113,7 @@ def test_a_lasting_fault_has_its_exit_code(
 def test_a_lasting_fault_leaves_what_a_later_run_goes_on_with(
     pod: Pod, mirrored: PinnedModel
 ) -> None:
-    broken = lambda number, path, wanted: Fault(status=503) if number > 12 else None  # noqa: E731
+    broken = lambda number, path, wanted: Fault(status=503) if number > 12 else None
     with serve(mirrored.files) as store:
         with breaking(store.port, broken) as proxy:
             assert_failed(pod.run(mirrored, proxy.url, "--retries", "1"), pod, 5)
@@ -141,6 +141,25 @@ def test_a_flipped_bit_without_any_digest_is_not_seen_but_a_truncated_file_is(
         assert_failed(pod.run(truncated, store.url), pod, 7)
 
 
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        (Fault(status=401), 4),
+        (Fault(status=403), 4),
+        (Fault(status=503), 5),
+        (Fault(status=404), 3),
+    ],
+    ids=str,
+)
+def test_an_mlflow_that_signs_nothing_where_there_is_no_key_either(
+    pod: Pod, model: PinnedModel, fault: Fault, code: int
+) -> None:
+    direct = replace(model, artifact_uri="s3://b/1/r/artifacts/model", more={"run_id": "r"})
+    with serve(model.files) as store, breaking(store.port, always(fault, of="")) as proxy:
+        run = pod.run(direct, proxy.url, env={"HOME": str(pod.folder)})
+    assert_failed(run, pod, code)
+
+
 def test_nothing_listens(pod: Pod, model: PinnedModel) -> None:
     run = pod.run(model, "http://127.0.0.1:9", "--retries", "1")
     assert_failed(run, pod, 5)
@@ -152,7 +171,7 @@ def test_a_store_that_has_another_version_by_now_is_never_mixed_with_what_came_b
     """No digest in the pin: the ETag alone tells the two apart."""
     other = bytes(reversed(model.files[WEIGHTS][1000:]))
     newer = {**model.files, WEIGHTS: model.files[WEIGHTS][:1000] + other}
-    broken = lambda number, path, wanted: Fault(status=503) if number > 12 else None  # noqa: E731
+    broken = lambda number, path, wanted: Fault(status=503) if number > 12 else None
     with serve(model.files) as store:
         with breaking(store.port, broken) as proxy:
             assert_failed(pod.run(model, proxy.url, "--retries", "0"), pod, 5)
@@ -161,7 +180,7 @@ def test_a_store_that_has_another_version_by_now_is_never_mixed_with_what_came_b
 
 
 def test_without_any_name_of_the_version_nothing_is_resumed(pod: Pod, model: PinnedModel) -> None:
-    broken = lambda number, path, wanted: Fault(status=503) if number > 12 else None  # noqa: E731
+    broken = lambda number, path, wanted: Fault(status=503) if number > 12 else None
     with serve(model.files, validators=False) as store:
         with breaking(store.port, broken) as proxy:
             assert_failed(pod.run(model, proxy.url, "--retries", "0"), pod, 5)

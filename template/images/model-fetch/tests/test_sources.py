@@ -291,8 +291,12 @@ def test_a_pin_without_a_version_is_resolved_at_start(
     pytest.importorskip("mlflow", reason="the registry's client is not here: install mlflow-skinny")
     pin = {
         **on_disk,
-        **{"model_id": "acme-tiny", "selector": selector, "version": None, "run_id": None},
-        **{"artifact_uri": None, "files": []},
+        "model_id": "acme-tiny",
+        "selector": selector,
+        "version": None,
+        "run_id": None,
+        "artifact_uri": None,
+        "files": [],
     }
     run = pod.run(pin, servers.local.url)
     if code:

@@ -14,9 +14,15 @@ from typing import Any
 KIB = 1024
 
 CONFIG = {
-    **{"model_type": "bert", "architectures": ["BertModel"], "vocab_size": 5000},
-    **{"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12},
-    **{"intermediate_size": 1536, "max_position_embeddings": 512, "hidden_act": "gelu"},
+    "model_type": "bert",
+    "architectures": ["BertModel"],
+    "vocab_size": 5000,
+    "hidden_size": 384,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "intermediate_size": 1536,
+    "max_position_embeddings": 512,
+    "hidden_act": "gelu",
 }
 POOLING = {
     "word_embedding_dimension": 384,

@@ -132,8 +132,8 @@ def _exchange(proxy: Proxy, client: socket.socket) -> bool:
         client.sendall(("\r\n".join(answer) + "\r\n\r\n").encode() + fault.body)
         return True
     if fault.without_range:
-        lines = [line for line in lines if not re.match("(if-)?range:", line, re.I)]
-    lines = [line for line in lines if not re.match("connection:", line, re.I)]
+        lines = [line for line in lines if not re.match("(if-)?range:", line, re.IGNORECASE)]
+    lines = [line for line in lines if not re.match("connection:", line, re.IGNORECASE)]
     with socket.create_connection(("127.0.0.1", proxy.upstream), timeout=60) as server:
         server.sendall(("\r\n".join([*lines, "Connection: close"]) + "\r\n\r\n").encode() + body)
         return _relay(server, client, fault)
@@ -145,16 +145,16 @@ def _relay(server: socket.socket, client: socket.socket, fault: Fault) -> bool:
         return False
     lines, first = head
     length = _header(lines, "content-length")
-    lines = [line for line in lines if not re.match("connection:", line, re.I)]
+    lines = [line for line in lines if not re.match("connection:", line, re.IGNORECASE)]
     if fault.etag is not None:
-        lines = [line for line in lines if not re.match("etag:", line, re.I)] + [
+        lines = [line for line in lines if not re.match("etag:", line, re.IGNORECASE)] + [
             f"ETag: {fault.etag}"
         ]
     if fault.length is not None and length is not None:
-        lines = [line for line in lines if not re.match("content-length:", line, re.I)]
+        lines = [line for line in lines if not re.match("content-length:", line, re.IGNORECASE)]
         lines.append(f"Content-Length: {int(length) + fault.length}")
     if fault.hide_length:
-        lines = [line for line in lines if not re.match("content-length:", line, re.I)]
+        lines = [line for line in lines if not re.match("content-length:", line, re.IGNORECASE)]
     keep = length is not None and not fault.hide_length and fault.length is None
     if not keep:
         lines.append("Connection: close")
