@@ -24,9 +24,6 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
-_FLOAT32_ONLY = frozenset({"gemma3_text", "bidirectional_pplx_qwen3"})
-"""TEI has no float16 for them (TEI backends/candle/src/lib.rs)."""
-
 _DEFAULT_BATCH_TOKENS = 16384
 """TEI's own (router/src/main.rs)."""
 
@@ -333,7 +330,13 @@ def _hidden_size(facts: Facts) -> int:
 
 def serving_dtype(facts: Facts, gpu: Accelerator) -> str:
     """float16 where flash attention or memory gain from it, float32 elsewhere; TEI has no bfloat16."""
-    return "float32" if facts.architecture in _FLOAT32_ONLY else gpu.dtype
+    return gpu.dtype if gpu.dtype in _dtypes(facts) else "float32"
+
+
+def _dtypes(facts: Facts) -> tuple[str, ...]:
+    """What TEI computes an architecture in."""
+    known = compatibility.ARCHITECTURES.get(facts.architecture)
+    return known.dtypes if known else ("float16", "float32")
 
 
 def uses_flash_attention(facts: Facts, gpu: Accelerator) -> bool:
@@ -469,14 +472,13 @@ def model_fetch_resources(pin: Pin) -> Resources:
 
     Converting jina-embeddings-v3 stays within 1.5 GB (benchmarks/jina_memory.py).
     """
-    converts = pin.facts.class_name == "XLMRobertaLoRA"
     return Resources(
         cpu_request="250m",
         cpu_limit="2",
         memory_request_mib=512,
-        memory_limit_mib=2048 if converts else 1024,
+        memory_limit_mib=2048 if pin.conversion else 1024,
         reason="eight chunks of 8 MiB at a time, Python and MLflow's client"
-        + (", and blocks of tensors while the model is converted" if converts else ""),
+        + (", and blocks of tensors while the model is converted" if pin.conversion else ""),
     )
 
 
@@ -646,7 +648,7 @@ def _flags(
 
 
 def _dtype_reason(facts: Facts, gpu: Accelerator, dtype: str) -> str:
-    if facts.architecture in _FLOAT32_ONLY:
+    if "float16" not in _dtypes(facts):
         return f"TEI has no float16 for {facts.architecture}"
     if dtype == "float32":
         return "TEI would take float16 even on a CPU, where it is slow"

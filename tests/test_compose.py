@@ -49,7 +49,7 @@ def rendered(
         platform = accelerator.for_name(row["accelerator"]).platforms[0]
         target = tmp_path_factory.mktemp("compose") / "rendered"
         more = {"model_id": MODEL, "pin": pin_of(MODEL), "image_platform": platform}
-        kept[name] = render(target, advanced=True, **more, **row)
+        kept[name] = render(target, program=False, advanced=True, **more, **row)
     return kept[name]
 
 

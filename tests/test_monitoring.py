@@ -53,6 +53,7 @@ def rendered(
             project_name, namespace = row.pop("names")
             kept[number] = render(
                 tmp_path_factory.mktemp("monitoring") / "rendered",
+                program=False,
                 **row,
                 pin=pin_of(row["model_id"]),
                 project_name=project_name,

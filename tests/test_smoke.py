@@ -64,7 +64,9 @@ def rendered(
     """A repository whose endpoint asks for a key, rendered once."""
     if not kept:
         target = tmp_path_factory.mktemp("smoke") / "rendered"
-        kept["it"] = render(target, model_id=MODEL, pin=pin_of(MODEL), components=["api-key"])
+        kept["it"] = render(
+            target, program=False, model_id=MODEL, pin=pin_of(MODEL), components=["api-key"]
+        )
     return kept["it"]
 
 
@@ -165,7 +167,7 @@ def test_without_a_key_the_check_of_keys_is_skipped(
     smoke: ModuleType, render: Render, pin_of: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("API_KEY", raising=False)
-    rendered = render(model_id=MODEL, pin=pin_of(MODEL))
+    rendered = render(program=False, model_id=MODEL, pin=pin_of(MODEL))
     with serving(Stub()) as url:
         assert smoke.main([f"--url={url}", f"--expected={rendered / 'smoke/expected.json'}"]) == 0
     assert "  skip  key        no key is asked for" in capsys.readouterr().out

@@ -64,7 +64,7 @@ def image(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def expected(render: Callable[..., Path], pin_of: Callable[..., dict[str, Any]]) -> Path:
-    folder = render(model_id=MODEL, pin=pin_of(MODEL), components=["api-key"])
+    folder = render(program=False, model_id=MODEL, pin=pin_of(MODEL), components=["api-key"])
     return folder / "smoke/expected.json"
 
 
