@@ -153,7 +153,8 @@ def check(project: Path, stored: dict[str, Any]) -> None:
         if line.startswith("COPY ")
     ]
     assert copied == ["model-fetch/requirements.txt", "model-fetch/model_fetch", "thinkube"]
-    assert json.loads((build / "thinkube/pin.json").read_text()) == stored["pin"]
+    cluster = (project / "deploy/base/pin.json").read_text()
+    assert (build / "thinkube/pin.json").read_text() == cluster
     settings = (build / "thinkube/settings.sh").read_text()
     assert f"MODEL={stored['pin']['model_id']}\n" in settings
     given = yaml.safe_load((project / "deploy/base/deployment.yaml").read_text())

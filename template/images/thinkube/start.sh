@@ -92,7 +92,7 @@ fi
 if [ "$wanted" != "$MODEL" ]; then
   say "$wanted is not the pinned model: its newest version is taken, and TEI itself decides on pooling"
   pin=$front/pin.json
-  printf '{"model_id":"%s","registered_model":"%s","selector":"latest","version":null,"files":[],"facts":{"architecture":null}}\n' \
+  printf '{"model_id":"%s","registered_model":"%s","selector":"latest","version":null,"files":[],"facts":{"architecture":"unknown"}}\n' \
     "$wanted" "${wanted//\//-}" >"$pin"
   kept=()
   for flag in "${FLAGS[@]}"; do
