@@ -441,28 +441,28 @@ def tei_resources(facts: Facts, gpu: Accelerator, memory: Memory, workers: int) 
     tokenizers = (
         workers * (facts.vocab_size or _DEFAULT_VOCABULARY) * _BYTES_PER_TOKEN_OF_VOCABULARY
     )
-    host = _PROCESS_BYTES + tokenizers
-    parts = [f"{_mib(host)} MiB for TEI and {workers} tokenizers"]
+    needed = _PROCESS_BYTES + tokenizers
+    parts = [f"{_mib(needed)} MiB for TEI and {workers} tokenizers"]
     if gpu.is_gpu:
-        host += _CUDA_BYTES
+        needed += _CUDA_BYTES
         parts.append(f"{_mib(_CUDA_BYTES)} MiB for CUDA on the host")
-    counted = memory.total if gpu.unified_memory else memory.total if not gpu.is_gpu else 0
-    if counted:
+    if gpu.unified_memory or not gpu.is_gpu:
+        needed += memory.total
+        passing = 0
         parts.append(
             f"{_mib(memory.weights)} MiB of weights in {serving_dtype(facts, gpu)}, "
             f"{_mib(memory.activations)} MiB for one full batch"
         )
-        if memory.overhead:
+        if gpu.is_gpu:
             parts.append(f"{_mib(memory.overhead)} MiB for CUDA in the unified memory")
     else:
-        parts.append("the weights while they pass through to the GPU")
-    needed = host + counted
-    limit = needed * 5 // 4 + (0 if counted else _stored_bytes(facts))
+        passing = _stored_bytes(facts)
+        parts.append(f"up to {_mib(passing)} MiB of weights on their way to the GPU")
     return Resources(
         cpu_request="2" if gpu.is_gpu else "4",
         cpu_limit="4",
         memory_request_mib=_rounded_mib(needed),
-        memory_limit_mib=_rounded_mib(limit),
+        memory_limit_mib=_rounded_mib(needed * 5 // 4 + passing),
         reason=f"{', '.join(parts)}; the limit is a quarter above that",
     )
 
