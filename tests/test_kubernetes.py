@@ -53,6 +53,8 @@ AXES: dict[str, tuple[Any, ...]] = {
         "https://mlflow.example.com",
         "http://mlflow:5000",
     ),
+    "allowed_namespaces": ("", "apps 2024-01-01"),
+    "registry": ("answered", "was not at hand"),
     "names": (("text-embeddings", "text-embeddings"), ("no", "2024-01-01")),
 }
 
@@ -92,6 +94,9 @@ def answers_of(row: dict[str, Any], pin_of: PinOf) -> dict[str, Any]:
     row = dict(row)
     scaling, exposure, options = row.pop("scaling"), row.pop("exposure"), row.pop("options")
     project_name, namespace = row.pop("names")
+    pin = pin_of(row["model_id"])
+    if row.pop("registry") == "was not at hand":
+        pin = catalog.resolve(row["model_id"], "latest").to_mapping()
     chosen = {*SCALING[scaling].get("components", ()), *exposure, *options}
     return {
         **row,
@@ -100,7 +105,7 @@ def answers_of(row: dict[str, Any], pin_of: PinOf) -> dict[str, Any]:
         "project_name": project_name,
         "namespace": namespace,
         "image_platform": accelerator.for_name(row["accelerator"]).platforms[0],
-        "pin": pin_of(row["model_id"]),
+        "pin": pin,
         "accept_license": True,
     }
 
@@ -120,7 +125,6 @@ DEFAULTS = {
     "model_task": "retrieval.passage",
     "pooling": "auto",
     "tei_ref": "0" * 40,
-    "allowed_namespaces": "",
 }
 
 
@@ -641,6 +645,15 @@ def test_the_network_policy_opens_what_is_needed_and_nothing_else(every: list[Bu
             [ingress] = spec["ingress"]
             if not ingress["from"] or ingress["ports"] != [{"port": "http"}]:
                 yield "anybody may come in"
+            allowed = {
+                name
+                for peer in ingress["from"]
+                for expression in peer.get("namespaceSelector", {}).get("matchExpressions", ())
+                for name in expression["values"]
+            }
+            listed = set(built.answers["allowed_namespaces"].split())
+            if allowed != {"gateway-system", "ingress-nginx", "monitoring"} | listed:
+                yield f"{allowed} may come in"
             ports = {p["port"] for rule in spec["egress"] for p in rule["ports"]}
             uri = built.answers["mlflow_tracking_uri"]
             wanted = {53, 5000 if ":5000" in uri else 443}
