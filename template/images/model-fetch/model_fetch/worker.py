@@ -73,15 +73,16 @@ class Worker:
         failures = refusals = 0
         while True:
             self._check(work)
-            request = None
+            request: Request | None = None
             try:
                 request = self._source.request(work.job.file)
                 self._receive(request, work, position)
                 return
             except DeniedError:
                 refusals += 1
-                final = request is None or refusals == MAX_REFUSALS
-                if final or not self._source.refused(work.job.file, request):
+                if request is None or refusals == MAX_REFUSALS:
+                    raise
+                if not self._source.refused(work.job.file, request):
                     raise
             except (Again, ConnectionFailed) as error:
                 reached = error.position if isinstance(error, Cut) else position
@@ -153,7 +154,7 @@ class Worker:
             )
         after = getattr(reason, "after", None)
         if after is None:
-            after = min(0.1 * 2**failures, MAX_BACKOFF) * random.uniform(0.5, 1.0)
+            after = min(0.1 * 2**failures, MAX_BACKOFF) * random.uniform(0.5, 1.0)  # noqa: S311
         self._stop.sleep(min(after, MAX_RETRY_AFTER))
 
 

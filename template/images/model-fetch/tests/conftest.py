@@ -11,8 +11,8 @@ for _folder in (Path(__file__).parent, Path(__file__).parents[1]):
     if str(_folder) not in sys.path:
         sys.path.insert(0, str(_folder))
 
-from fetchkit.models import PinnedModel, embedding_model
-from fetchkit.program import Pod
+from fetchkit.models import PinnedModel, embedding_model  # noqa: E402
+from fetchkit.program import Pod  # noqa: E402
 
 
 @pytest.fixture

@@ -231,9 +231,10 @@ def test_credentials_do_not_follow_a_redirect_to_another_host(
     token = SECRETS["MLFLOW_TRACKING_TOKEN"]
     with serve(mirrored.files, tokens={None}) as elsewhere:  # type: ignore[arg-type]
         to = f"Location: http://localhost:{elsewhere.port}/api/2.0/mlflow-artifacts/artifacts"
-        plan = lambda number, path, wanted: Fault(
-            status=307, headers=(f"{to}/{path.partition('/artifacts/')[2]}",)
-        )
+
+        def plan(number: int, path: str, wanted: str | None) -> Fault:
+            return Fault(status=307, headers=(f"{to}/{path.partition('/artifacts/')[2]}",))
+
         with breaking(elsewhere.port, plan) as proxy:
             run = pod.run(mirrored, proxy.url, env={"MLFLOW_TRACKING_TOKEN": token})
     assert_ready(run, pod, mirrored)

@@ -39,6 +39,10 @@ def always(fault: Fault, of: str = WEIGHTS):
     return lambda number, path, wanted: fault if path.endswith(of) else None
 
 
+def down_after_12_requests(number, path, wanted):
+    return Fault(status=503) if number > 12 else None
+
+
 SURVIVED = {
     "cut after 40,000 bytes, every 2nd request": every(2, Fault(cut_after=40_000)),
     "cut after 1 byte, every 3rd request": every(3, Fault(cut_after=1)),
@@ -113,9 +117,8 @@ def test_a_lasting_fault_has_its_exit_code(
 def test_a_lasting_fault_leaves_what_a_later_run_goes_on_with(
     pod: Pod, mirrored: PinnedModel
 ) -> None:
-    broken = lambda number, path, wanted: Fault(status=503) if number > 12 else None
     with serve(mirrored.files) as store:
-        with breaking(store.port, broken) as proxy:
+        with breaking(store.port, down_after_12_requests) as proxy:
             assert_failed(pod.run(mirrored, proxy.url, "--retries", "1"), pod, 5)
         before = store.sent
         assert_ready(pod.run(mirrored, store.url), pod, mirrored)
@@ -171,18 +174,16 @@ def test_a_store_that_has_another_version_by_now_is_never_mixed_with_what_came_b
     """No digest in the pin: the ETag alone tells the two apart."""
     other = bytes(reversed(model.files[WEIGHTS][1000:]))
     newer = {**model.files, WEIGHTS: model.files[WEIGHTS][:1000] + other}
-    broken = lambda number, path, wanted: Fault(status=503) if number > 12 else None
     with serve(model.files) as store:
-        with breaking(store.port, broken) as proxy:
+        with breaking(store.port, down_after_12_requests) as proxy:
             assert_failed(pod.run(model, proxy.url, "--retries", "0"), pod, 5)
         store.files["model/" + WEIGHTS] = newer[WEIGHTS]
         assert_ready(pod.run(model, store.url), pod, replace(model, files=newer))
 
 
 def test_without_any_name_of_the_version_nothing_is_resumed(pod: Pod, model: PinnedModel) -> None:
-    broken = lambda number, path, wanted: Fault(status=503) if number > 12 else None
     with serve(model.files, validators=False) as store:
-        with breaking(store.port, broken) as proxy:
+        with breaking(store.port, down_after_12_requests) as proxy:
             assert_failed(pod.run(model, proxy.url, "--retries", "0"), pod, 5)
         store.sent = 0
         assert_ready(pod.run(model, store.url), pod, model)
