@@ -1,0 +1,222 @@
+"""Takes over a newer template or model version, and says in words what that means.
+
+`make update`, `make update-model` and `make check-update` call it; it needs Git, Python 3.10 and
+Copier, which the variable COPIER names. Copier itself ends with 0 when it leaves conflicts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+COPIER = "uvx --with copier-template-extensions --with mlflow-skinny copier"
+FOLDERS = ("k8s/base", "deploy/base")
+
+
+class Stop(Exception):
+    """The sentence that ends the run."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What is served at one commit."""
+
+    pin: Mapping[str, Any]
+    flags: Mapping[str, str]
+    """TEI's flags and their values."""
+
+    @property
+    def pooling(self) -> str | None:
+        return self.flags.get("--pooling") or self.pin["facts"].get("pooling")
+
+    @property
+    def weights(self) -> int:
+        """Bytes of all files."""
+        return sum(file["size"] for file in self.pin["files"])
+
+    @property
+    def digests(self) -> set[tuple[str, int, str | None]]:
+        """What tells the files of two versions apart."""
+        return {
+            (f["path"], f["size"], f.get("sha256") or f.get("blob_sha1")) for f in self.pin["files"]
+        }
+
+
+@dataclass(frozen=True)
+class Repository:
+    """This repository, or a throw-away clone of it."""
+
+    root: Path
+
+    def git(self, *arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=self.root, capture_output=True, text=True)
+        if done.returncode:
+            raise Stop(f"git {arguments[0]}: {done.stderr.strip().splitlines()[-1]}")
+        return done.stdout
+
+    def copier(self, *arguments: str) -> int:
+        """Copier's exit code; what it prints goes where this program's goes."""
+        sys.stdout.flush()
+        copier = shlex.split(os.environ.get("COPIER") or COPIER)
+        try:
+            return subprocess.run([*copier, *arguments], cwd=self.root).returncode
+        except OSError:
+            raise Stop(
+                f"{copier[0]} is not installed: name Copier in the variable COPIER"
+            ) from None
+
+    def must_be_clean(self) -> None:
+        try:
+            changed = self.git("status", "--porcelain").splitlines()
+        except Stop:
+            raise Stop("this is not a Git repository: commit it first, then update") from None
+        if changed:
+            names = ", ".join(line[3:] for line in changed[:5]) + (" …" if changed[5:] else "")
+            raise Stop(f"uncommitted changes ({names}): commit or stash them, then update")
+
+    def conflicts(self) -> list[str]:
+        """Files with conflict markers, and what Copier could not apply (`--conflict rej`)."""
+        marked = self.git("diff", "--name-only", "--diff-filter=U").splitlines()
+        return sorted({*marked, *(str(p.relative_to(self.root)) for p in self.root.rglob("*.rej"))})
+
+    def state(self, commit: str | None = None) -> State | None:
+        """What a commit, or the working tree, serves; None when that cannot be read."""
+        for folder in FOLDERS:
+            try:
+                pin = json.loads(self._text(f"{folder}/pin.json", commit))
+                deployment = self._text(f"{folder}/deployment.yaml", commit)
+            except (OSError, ValueError, Stop):
+                continue
+            found = re.findall(r'^\s+- ("--.+")$', deployment, re.MULTILINE)
+            parts = [json.loads(text).partition("=") for text in found]
+            return State(pin, {name: value for name, _, value in parts})
+        return None
+
+    def _text(self, path: str, commit: str | None) -> str:
+        return self.git("show", f"{commit}:{path}") if commit else (self.root / path).read_text()
+
+
+def described(before: State, after: State) -> Iterator[str]:
+    """What changes for whoever calls the service; one line each, none when nothing does."""
+    old, new = before.pin, after.pin
+    rows = [
+        ("model", old["model_id"], new["model_id"]),
+        ("version", old["version"] or old["selector"], new["version"] or new["selector"]),
+        ("dimensions", old["facts"].get("dimensions"), new["facts"].get("dimensions")),
+        ("pooling", before.pooling, after.pooling),
+        (
+            *("longest input", old["facts"].get("max_input_tokens")),
+            new["facts"].get("max_input_tokens"),
+        ),
+        ("size", f"{before.weights / 1e6:,.1f} MB", f"{after.weights / 1e6:,.1f} MB"),
+    ]
+    rows += [
+        (name, before.flags.get(name, "not given"), after.flags.get(name, "not given"))
+        for name in sorted({*before.flags, *after.flags} - {"--served-model-name", "--pooling"})
+    ]
+    names = {name for name, was, now in rows if was != now}
+    moved = any(old[key] != new[key] for key in ("model_id", "version", "run_id"))
+    for name, was, now in rows:
+        if name in names:
+            yield f"  {name:<14}{was} -> {now}"
+        elif moved and name in ("dimensions", "pooling", "size"):
+            yield f"  {name:<14}{now}, as before"
+    if reasons := names & {"model", "dimensions", "pooling"}:
+        changed = ", ".join(sorted(reasons))
+        yield f"RE-INDEX: another {changed}. What was embedded before must be embedded again."
+    elif before.digests != after.digests:
+        yield "The files changed: unless you know that the vectors are the same, embed again."
+    if old["facts"].get("prompts") != new["facts"].get("prompts"):
+        yield "The prefixes that clients write before their texts changed: see README.md."
+
+
+def update(repository: Repository, what: str, words: list[str]) -> None:
+    """Run Copier, and say what came of it.
+
+    Raises: Stop when the tree is dirty, Copier fails, or conflicts are left.
+    """
+    repository.must_be_clean()
+    if what == "model":
+        if not os.environ.get("MLFLOW_TRACKING_URI"):
+            raise Stop("MLFLOW_TRACKING_URI is not set: name the MLflow server in it")
+        words = ["--vcs-ref=:current:", "--data", "refresh=true", *words]
+    if repository.copier("update", "--trust", "--defaults", *words):
+        changed = repository.git("status", "--porcelain")
+        raise Stop(
+            "Copier failed, as it says above; "
+            + ("`git reset --hard` returns to what was" if changed else "nothing was changed")
+        )
+    conflicts = repository.conflicts()
+    before, after = repository.state("HEAD"), repository.state()
+    changed = repository.git("status", "--porcelain").splitlines()
+    if before and after:
+        lines = list(described(before, after))
+        name = f"{after.pin['model_id']}, version {after.pin['version'] or after.pin['selector']}"
+        print("\n".join(["The model changes:", *lines] if lines else [f"The model stays: {name}."]))
+    else:
+        print("The model cannot be compared: pin.json is missing or in conflict.")
+    if conflicts:
+        raise Stop(
+            f"conflicts are left in {', '.join(conflicts)}: mend them and `git add` them, or return "
+            "to what was with `git reset --hard`"
+        )
+    if not changed:
+        print("Nothing else changed." if before == after else "")
+        return
+    print(f"{len(changed)} files changed. Read `git diff HEAD`, then commit.")
+    if any(line[3:].startswith("images/") for line in changed):
+        print("Images changed: build and push them before you deploy.")
+
+
+def check(repository: Repository) -> None:
+    """Say what is newer, of the template and of the model; changes nothing."""
+    print("Template:")
+    if repository.copier("check-update"):
+        raise Stop("Copier failed, as it says above")
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        print("Model: not checked, since MLFLOW_TRACKING_URI is not set.")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        clone = Repository(Path(folder) / repository.root.name)
+        repository.git("clone", "--quiet", "--local", str(repository.root), str(clone.root))
+        words = ("--quiet", "--vcs-ref=:current:", "--data", "refresh=true")
+        if clone.copier("update", "--trust", "--defaults", *words):
+            raise Stop("the registry was not read, for the reason above")
+        before, after = repository.state("HEAD"), clone.state()
+    if before and after and (lines := list(described(before, after))):
+        print("\n".join(["Model: `make update-model` would change", *lines]))
+    else:
+        print("Model: the pin is the newest version.")
+
+
+def main() -> int:
+    """Returns the exit code: 1 with one line of error, also when conflicts are left."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["template", "model", "check"])
+    parser.add_argument("words", nargs=argparse.REMAINDER, help="more words for Copier")
+    given = parser.parse_args()
+    repository = Repository(Path(__file__).resolve().parent.parent)
+    try:
+        if given.what == "check":
+            check(repository)
+        else:
+            update(repository, given.what, given.words)
+    except Stop as stop:
+        sys.stdout.flush()
+        print(f"error: {stop}.", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
