@@ -7,7 +7,7 @@ at the first question, and a wrong one ends the run in one sentence before anyth
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -202,6 +202,13 @@ def check_together(given: Mapping[str, Any], pin: Pin) -> None:
             f"{pin.model_id} does not say how it pools, and TEI would guess: answer pooling=mean, "
             "cls or last-token (its model card says which)."
         )
+
+
+def kustomize_components(components: Iterable[str], replicas: str) -> set[str]:
+    """The chosen components, and the disruption budget as soon as there may be a second pod."""
+    chosen = set(components)
+    several = int(replicas) > 1 or any(name.startswith("autoscaling-") for name in chosen)
+    return chosen | {"disruption-budget"} if several else chosen
 
 
 def truth(value: object) -> bool:

@@ -168,6 +168,17 @@ class TextEmbeddings(Extension):
             return _module("thinkube").deployment(pin_of(context), given)
 
         @pass_context
+        def chosen_components(context: Context) -> list[str]:
+            """Names of the Kustomize components of this deployment, sorted."""
+            return sorted(answers.kustomize_components(context["components"], context["replicas"]))
+
+        @pass_context
+        def components_left_out(context: Context) -> list[str]:
+            """Names of those that are not."""
+            every = answers.kustomize_components(answers.COMPONENTS, context["replicas"])
+            return sorted(every - set(chosen_components(context)))
+
+        @pass_context
         def objects_folder(context: Context) -> str:
             """Where the Kubernetes objects are: Thinkube writes k8s/ itself."""
             return "deploy" if context["platform"] == "thinkube" else "k8s"
@@ -183,6 +194,8 @@ class TextEmbeddings(Extension):
             "pin_problem": pin_problem,
             "accelerator_choices": lambda: json.dumps(accelerator.choices()),
             "accelerator_of": accelerator.for_name,
+            "chosen_components": chosen_components,
+            "components_left_out": components_left_out,
             "deployed_pin": deployed_pin,
             "plan": plan,
             "thinkube": thinkube,

@@ -18,7 +18,7 @@ from tests.pairwise import rows
 
 ROOT = Path(__file__).parent.parent
 TEI = yaml.safe_load((ROOT / "tests/tei_stub/metrics.yaml").read_text())
-DASHBOARD = ROOT / "template/k8s/components/monitoring/text-embeddings.json"
+DASHBOARD = ROOT / "template/{{ objects_folder() }}/components/monitoring/text-embeddings.json"
 
 PinOf = Callable[..., dict[str, Any]]
 Render = Callable[..., Path]

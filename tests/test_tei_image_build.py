@@ -38,7 +38,7 @@ ARCHITECTURE = {"x86_64": "amd64", "aarch64": "arm64"}[platform.machine()]
 
 RUNTIME = """\
 FROM {debian}
-RUN echo 'deb [trusted=yes] http://deb.debian.org/debian bookworm main' > /etc/apt/sources.list
+RUN sed -i 's/^deb http/deb [trusted=yes] http/' /etc/apt/sources.list
 """
 
 CUDA = """\

@@ -21,7 +21,7 @@ def render_tei(tmp_path_factory: pytest.TempPathFactory) -> RenderTei:
     """`render_tei("gb10", **answers)`: the repository's images/tei and k8s/build; the same answers once."""
     template = tmp_path_factory.mktemp("template-of-tei")
     shutil.copy(ROOT / "copier.yml", template)
-    for folder in ("extensions", "template/images/tei", "template/k8s/build"):
+    for folder in ("extensions", "template/images/tei", "template/{{ objects_folder() }}/build"):
         shutil.copytree(ROOT / folder, template / folder)
 
     @cache
