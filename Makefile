@@ -20,13 +20,16 @@ demo: $(DEMO)/.installed ## See it happen: MLflow, a model, the repository, the 
 check: $(INSTALLED) ## Lint and type-check everything (fast, before each commit)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" tests/check.sh
 
+# Two at a time, each file in one process: its servers and images are made once.
+PYTEST := MLFLOW_BIN=$(CURDIR)/$(BIN)/mlflow PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest -n 2 --dist loadfile
+
 .PHONY: test
 test: $(INSTALLED) ## Run all tests, on real servers; says what it left out
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 .PHONY: test-all
 test-all: $(INSTALLED) $(VENV)/.reference ## The same, and the comparison with transformers and torch
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 .PHONY: models
 models: $(INSTALLED) ## Print which model is served on which accelerator, from the rules

@@ -101,7 +101,9 @@ def main() -> None:
 
     base_wall, base_cpu = (statistics.median(v) for v in zip(*results["empty template"], strict=True))
     print(f"{rounds} rounds, interleaved; medians. This template renders {files} files.\n")
-    print(f"{'case':18}{'wall s':>8}{'min s':>8}{'CPU s':>8}{'wall ratio':>12}{'CPU ratio':>11}{'wall + s':>10}")
+    heads = ("wall s", "min s", "CPU s", "wall ratio", "CPU ratio", "wall + s")
+    widths = (8, 8, 8, 12, 11, 10)
+    print(f"{'case':18}" + "".join(f"{h:>{w}}" for h, w in zip(heads, widths, strict=True)))
     for name, runs in results.items():
         walls, cpus = zip(*runs, strict=True)
         wall, cpu = statistics.median(walls), statistics.median(cpus)
