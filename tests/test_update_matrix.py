@@ -128,7 +128,7 @@ def empty(template: Path, tmp_path: Path) -> Repository:
         folder.mkdir()
     # Copier starts several processes per file: what is not looked at here is left out.
     program = shutil.ignore_patterns(
-        *("model_fetch", "tests", "components", "thinkube", "deploy", "requirements*", "smoke.py")
+        *("model_fetch", "tests", "thinkube", "requirements*", "smoke.py")
     )
     shutil.copytree(template, made.template, symlinks=True, ignore=program)
     made.git("init", "--quiet", where=made.template)
@@ -148,7 +148,7 @@ def new_release(template: Path) -> None:
     base = template / "template/{{ objects_folder() }}/base/deployment.yaml.jinja"
     change(base, MOUNTS_TOKEN, MOUNTS_TOKEN.replace("\n", " # NEW\n"))
     (template / "template/NEWS.md.jinja").write_text("Colour: {{ colour }}\n")
-    (template / "template/monitoring/check.sh").unlink()
+    (template / "template/smoke/Dockerfile").unlink()
     with (template / "copier.yml").open("a") as config:
         config.write("\ncolour:\n  type: str\n  help: Which colour?\n  default: blue\n")
 
@@ -177,7 +177,7 @@ def test_edits_survive_a_new_release(empty: Repository, python: str) -> None:
     said = project.updated()
 
     expected = dict(edited)
-    del expected["monitoring/check.sh"]
+    del expected["smoke/Dockerfile"]
     expected["NEWS.md"] = "Colour: blue\n"
     expected[DEPLOYMENT] = edited[DEPLOYMENT].replace(
         MOUNTS_TOKEN, MOUNTS_TOKEN.replace("\n", " # NEW\n")
@@ -227,6 +227,20 @@ def test_an_answer_changes_together_with_the_release(empty: Repository, python: 
     project.updated(arguments="--data replicas=2 --data colour=red")
     assert (project.folder / "NEWS.md").read_text() == "Colour: red\n"
     assert "  replicas: 2\n" in project.tree()[DEPLOYMENT]
+
+
+def test_an_option_comes_and_goes_with_its_files(empty: Repository) -> None:
+    project = rendered(empty, sys.executable)
+    before = project.tree()
+    folder = project.folder / "k8s/components/ingress"
+    project.updated(arguments="--data components=[ingress]")
+    assert (folder / "ingress.yaml").is_file()
+    assert "  - components/ingress\n" in project.tree()["k8s/kustomization.yaml"]
+    project.commit("with it")
+    project.updated(arguments="--data components=[]")
+    assert not folder.exists()
+    project.commit("without it")
+    assert project.tree() == before
 
 
 def test_two_releases_at_once_are_as_one_after_the_other(empty: Repository) -> None:
@@ -322,8 +336,12 @@ def test_a_new_version_is_taken_said_and_taken_back(registered: Repository, tmp_
     assert project.tree() == before
 
     said_of_it = project.updated("update-model")
-    for line in ("version       1 -> 2", "dimensions    8 -> 16", "pooling       mean -> cls"):
-        assert f"  {line}\n" in said_of_it
+    for name, moves in (
+        ("version", "1 -> 2"),
+        ("dimensions", "8 -> 16"),
+        ("pooling", "mean -> cls"),
+    ):
+        assert f"  {name:<26}{moves}\n" in said_of_it
     assert "RE-INDEX: another dimensions, pooling." in said_of_it
     assert project.pin["version"] == "2"
     project.commit("version 2")
@@ -341,7 +359,7 @@ def test_other_files_of_the_same_shape_are_worth_a_word(
 ) -> None:
     new_version(registered, tmp_path / "next", intermediate_size=32)
     said = registered.updated("update-model")
-    assert "  dimensions    8, as before\n" in said
+    assert f"  {'dimensions':<26}8, as before\n" in said
     assert "RE-INDEX" not in said
     assert "unless you know that the vectors are the same, embed again" in said
 
@@ -350,9 +368,7 @@ def test_another_model_is_said_to_be_one(registered: Repository, tmp_path: Path)
     name = f"{registered.pin['registered_model']}-other"
     register(registered.variables["MLFLOW_TRACKING_URI"], tmp_path / "snapshot", name)
     said = registered.updated(arguments=f"--data model_id={name}")
-    assert (
-        f"  model         {registered.pin['model_id'].removesuffix('-other')} -> {name}\n" in said
-    )
+    assert f"  {'model':<26}{registered.pin['model_id'].removesuffix('-other')} -> {name}\n" in said
     assert "RE-INDEX: another model." in said
 
 

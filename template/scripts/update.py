@@ -128,9 +128,9 @@ def described(before: State, after: State) -> Iterator[str]:
     moved = any(old[key] != new[key] for key in ("model_id", "version", "run_id"))
     for name, was, now in rows:
         if name in names:
-            yield f"  {name:<14}{was} -> {now}"
+            yield f"  {name:<26}{was} -> {now}"
         elif moved and name in ("dimensions", "pooling", "size"):
-            yield f"  {name:<14}{now}, as before"
+            yield f"  {name:<26}{now}, as before"
     if reasons := names & {"model", "dimensions", "pooling"}:
         changed = ", ".join(sorted(reasons))
         yield f"RE-INDEX: another {changed}. What was embedded before must be embedded again."
