@@ -345,7 +345,7 @@ def test_an_app_on_a_gpu_is_healthy_only_once_it_serves(
     container.until(lambda: container.get("/health")[0] == 200)
 
 
-@pytest.mark.parametrize("name", ["../../etc", "$(id)", 'a"b', "a b", "-x"])
+@pytest.mark.parametrize("name", ["../../etc", '$(id)"'])
 def test_what_is_no_model_is_refused_and_not_repeated(
     make: Callable[..., Container], name: str
 ) -> None:
