@@ -99,7 +99,9 @@ def main() -> None:
                     results[name].append(measured)
         files = sum(p.is_file() for p in (folder / "first").rglob("*"))
 
-    base_wall, base_cpu = (statistics.median(v) for v in zip(*results["empty template"], strict=True))
+    base_wall, base_cpu = (
+        statistics.median(v) for v in zip(*results["empty template"], strict=True)
+    )
     print(f"{rounds} rounds, interleaved; medians. This template renders {files} files.\n")
     heads = ("wall s", "min s", "CPU s", "wall ratio", "CPU ratio", "wall + s")
     widths = (8, 8, 8, 12, 11, 10)

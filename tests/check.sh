@@ -30,5 +30,5 @@ say hadolint "rendered Dockerfiles"
 find "$rendered" -name '*Dockerfile*' -type f -exec hadolint {} +
 say shellcheck "shell"
 find . "$rendered" \( -name .venv -o -name .cache -o -name .git -o -name node_modules -o -name .state \) -prune \
-  -o -type f -name '*.sh' -print | xargs shellcheck .ci/run
+  -o -type f -name '*.sh' -print0 | xargs -0 shellcheck .ci/run
 echo "All checks passed."
