@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 from extensions import pin as pins
 from extensions.pin import Pin
 from tests.conftest import Run, environment, variables
+from tests.gateway import HTML, JSON, Answer, Request, gateway
 from tests.snapshots import (
     KINDS,
     LAYOUTS,
@@ -228,3 +230,84 @@ def test_a_person_picks_from_what_is_registered(
     person.close()
     assert "acme-not-offered" not in seen.getvalue()
     assert not (tmp_path / "target").exists()
+
+
+# From the pin to the folder that TEI gets
+
+PROGRAM = Path(__file__).parent.parent / "template" / "images" / "model-fetch"
+
+
+def fetch(pin: dict[str, object], folder: Path, **environment: str) -> tuple[int, str, Path]:
+    """Run model-fetch on a pin; returns its exit code, what it said, and the link."""
+    write(folder / "pin.json", json.dumps(pin))
+    link = folder / "model" / "current"
+    places = ["--cache", str(folder / "cache"), "--link", str(link), "--termination-log", ""]
+    command = [sys.executable, "-m", "model_fetch", "--pin", str(folder / "pin.json"), *places]
+    known = {"PATH": os.environ["PATH"], "HOME": str(folder)} | environment
+    done = subprocess.run(command, cwd=PROGRAM, env=known, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr, link
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_was_pinned_is_what_arrives(
+    lookup: str, s3: dict[str, str], layout: str, kind: str, tmp_path: Path
+) -> None:
+    """In every layout, from every store: a proxy, a shared folder, S3 with keys."""
+    source = snapshot(tmp_path / "same")
+    pin = pins.resolve(f"acme/{layout}-{kind}", "latest").to_mapping()
+
+    code, said, link = fetch(pin, tmp_path, MLFLOW_TRACKING_URI=lookup, **s3)
+
+    assert code == 0, said
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        assert (link / name).read_bytes() == (source / name).read_bytes(), name
+    arrived = {str(p.relative_to(link)) for p in link.rglob("*") if p.is_file()}
+    dead_weight = [n for n in arrived if n.startswith(("onnx", "tf_model", "README"))]
+    assert not dead_weight or "used in place" in said
+    if layout == "sentence-transformers":  # what TEI cannot parse was repaired
+        assert json.loads((link / "sentence_bert_config.json").read_text())["max_seq_length"] == 64
+        pooling = json.loads((link / "1_Pooling/config.json").read_text())
+        assert pooling["pooling_mode_mean_tokens"] is True
+
+
+@pytest.mark.parametrize(
+    "user", [{"MLFLOW_AUTH_USERNAME": "me", "MLFLOW_AUTH_PASSWORD": "right"}, {}]
+)
+def test_a_pin_without_a_version_is_resolved_behind_keycloak(
+    mlflow_proxied: str, tmp_path: Path, user: dict[str, str]
+) -> None:
+    from demo.registry import connect
+    from extensions import catalog
+
+    name = f"BAAI-bge-base-en-v1.5{len(user)}"
+    for _ in range(3):
+        register(mlflow_proxied, snapshot(tmp_path / "snapshot"), name)
+    connect(mlflow_proxied).set_registered_model_alias(name, "champion", "2")
+    pin = catalog.resolve("BAAI/bge-base-en-v1.5", "@champion").to_mapping()
+    pin |= {"model_id": name, "registered_model": name}
+    grant = "password" if user else "client_credentials"
+
+    def keycloak(request: Request) -> Answer:
+        if request.form["grant_type"] != grant:
+            return 401, JSON, b'{"error": "unauthorized_client"}'
+        return 200, JSON, b'{"access_token": "fresh", "expires_in": 300}'
+
+    def mlflow(request: Request) -> Answer | None:
+        allowed = request.headers.get("Authorization") == "Bearer fresh"
+        return None if allowed else (401, HTML, b"no")
+
+    with gateway(keycloak) as identity, gateway(mlflow, mlflow_proxied) as front:
+        login = {
+            "MLFLOW_KEYCLOAK_TOKEN_URL": f"{identity.uri}/token",
+            "MLFLOW_KEYCLOAK_CLIENT_ID": "pods",
+            "MLFLOW_CLIENT_SECRET": "right",
+        }
+        asked = {"MLFLOW_TRACKING_URI": front.uri, **login, **user}
+        code, said, link = fetch(pin, tmp_path, **asked)
+
+    assert code == 0, said
+    assert "@champion is version 2" in said
+    assert (link / "model.safetensors").exists()
+    assert "fresh" not in said
+    assert "right" not in said
