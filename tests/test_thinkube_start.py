@@ -378,11 +378,10 @@ def test_the_end_of_one_process_ends_the_container(
         container.get("/crash")
         assert container.end() == 9
     else:
-        pid = int((container.folder / "tmp/front/nginx.pid").read_text())
-        os.kill(pid, signal.SIGKILL)
-        workers = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
-        for worker in workers.stdout.split():
-            os.kill(int(worker), signal.SIGKILL)
+        pid = (container.folder / "tmp/front/nginx.pid").read_text().strip()
+        workers = subprocess.run(["pgrep", "-P", pid], capture_output=True, text=True)
+        for process in (pid, *workers.stdout.split()):
+            os.kill(int(process), signal.SIGKILL)
         assert container.end() == 1
     with pytest.raises(ProcessLookupError):
         os.kill(container.tei["pid"], 0)

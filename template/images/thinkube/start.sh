@@ -22,8 +22,9 @@ nginx_pid='' worker_pid='' # worker: model-fetch, then TEI
 
 end() { # status: what the platform sees
   trap '' TERM INT QUIT
-  local pid
-  for pid in $worker_pid $nginx_pid; do kill -TERM "$pid" 2>/dev/null; done
+  # Nobody is left to answer to; and model-fetch's journal is right at any moment.
+  if [ -n "$worker_pid" ]; then kill -KILL "$worker_pid" 2>/dev/null; fi
+  if [ -n "$nginx_pid" ]; then kill -TERM "$nginx_pid" 2>/dev/null; fi
   wait
   exit "$1"
 }
