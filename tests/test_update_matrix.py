@@ -5,6 +5,7 @@ What comes out is compared exactly: a three-way merge has one right result.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -12,8 +13,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -102,6 +105,19 @@ class Repository:
     def pin(self) -> dict[str, Any]:
         pin: dict[str, Any] = json.loads((self.folder / "k8s/base/pin.json").read_text())
         return pin
+
+
+@cache
+def updater() -> ModuleType:
+    """The program behind `make update`, which is in no package."""
+    path = ROOT / "template/scripts/update.py"
+    spec = importlib.util.spec_from_file_location("rendered_update", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def change(path: Path, old: str, new: str) -> None:
@@ -213,12 +229,8 @@ def test_a_conflict_is_shown_inline_and_is_no_success(empty: Repository, python:
     )
     again = project.make("update")
     assert "uncommitted changes" in again.stderr
-    project.git("reset", "--quiet", "--hard")
-    project.git("clean", "--quiet", "--force", "-d")
-
-    rejected = project.make("update", "--conflict rej")
-    assert rejected.returncode != 0
-    assert f"conflicts are left in {DEPLOYMENT}.rej" in rejected.stderr
+    (project.folder / "smoke/smoke.py.rej").touch()  # what --conflict rej leaves
+    assert updater().Repository(project.folder).conflicts() == [DEPLOYMENT, "smoke/smoke.py.rej"]
 
 
 def test_an_answer_changes_together_with_the_release(empty: Repository, python: str) -> None:
@@ -290,6 +302,40 @@ def test_every_released_version_updates_to_this_one(empty: Repository, tmp_path:
         assert project.pin == before
 
 
+# What is said
+
+
+def state(flags: dict[str, str] | None = None, **changes: Any) -> Any:
+    pin = pinned(MODEL)
+    pin["facts"] |= {k: changes.pop(k) for k in list(changes) if k in pin["facts"]}
+    own = {"--pooling": "cls", "--dtype": "float16", "--max-batch-tokens": "16384"}
+    return updater().State(pin | changes, own | (flags or {}))
+
+
+@pytest.mark.parametrize(
+    ("after", "said"),
+    [
+        (state(), []),
+        (
+            state(version="4", dimensions=1024),
+            ["version", "dimensions", "RE-INDEX: another dimensions"],
+        ),
+        (state({"--pooling": "mean"}), ["pooling", "RE-INDEX: another pooling"]),
+        (state(model_id="acme/other"), ["model", "RE-INDEX: another model"]),
+        (state({"--max-batch-tokens": "8192"}), ["--max-batch-tokens"]),
+        (state(version="4", files=[]), ["version", "size", "The files changed: unless you know"]),
+        (state(version="4"), ["version"]),
+        (state(prompts={"query": "q: "}), ["The prefixes that clients write"]),
+    ],
+)
+def test_what_a_change_means_is_said(after: Any, said: list[str]) -> None:
+    lines = list(updater().described(state(), after))
+    told = [line.strip() for line in lines if not line.endswith(", as before")]
+    assert len(told) == len(said)
+    for line, beginning in zip(told, said, strict=True):
+        assert line.startswith(beginning)
+
+
 # With a registry
 
 
@@ -349,24 +395,6 @@ def test_a_new_version_is_taken_said_and_taken_back(registered: Repository, tmp_
     project.git("revert", "--no-edit", "HEAD")
     assert project.tree() == before
     assert config_map(project) == running
-
-
-def test_other_files_of_the_same_shape_are_worth_a_word(
-    registered: Repository, tmp_path: Path
-) -> None:
-    new_version(registered, tmp_path / "next", intermediate_size=32)
-    said = registered.updated("update-model")
-    assert f"  {'dimensions':<26}8, as before\n" in said
-    assert "RE-INDEX" not in said
-    assert "unless you know that the vectors are the same, embed again" in said
-
-
-def test_another_model_is_said_to_be_one(registered: Repository, tmp_path: Path) -> None:
-    name = f"{registered.pin['registered_model']}-other"
-    register(registered.variables["MLFLOW_TRACKING_URI"], tmp_path / "snapshot", name)
-    said = registered.updated(arguments=f"--data model_id={name}")
-    assert f"  {'model':<26}{registered.pin['model_id'].removesuffix('-other')} -> {name}\n" in said
-    assert "RE-INDEX: another model." in said
 
 
 def test_a_registry_that_cannot_answer_changes_nothing(registered: Repository) -> None:
