@@ -132,7 +132,7 @@ def test_without_a_builder_one_line_says_what_to_do(repository: Path) -> None:
     assert done.returncode != 0
     assert done.stderr.splitlines()[0] == (
         "Neither docker nor podman nor buildah answers: install one, "
-        "or build in the cluster with 'make tei-image-in-cluster'."
+        "or build TEI in the cluster with 'make tei-image-in-cluster'."
     )
 
 
