@@ -266,7 +266,7 @@ def test_the_alerts_and_the_autoscalers_use_what_tei_emits(rendered: list[Path])
             ]
         scalers |= {path.name for path in (keda, adapter) if path.exists()}
         assert [f"{w}: {q}" for q in queries for w in wrong_uses(q)] == []
-        assert sum("te_" in query for query in queries) >= 5
+        assert sum("te_" in query for query in queries) >= 4
     assert len(scalers) == 2
 
 
