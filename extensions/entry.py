@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from copier.errors import UserMessageError
-from jinja2 import Environment, pass_context
+from jinja2 import Environment, Template, pass_context
 from jinja2.ext import Extension
 from jinja2.runtime import Context
 
@@ -57,11 +57,30 @@ def _spoken(function: Callable[..., Any]) -> Callable[..., Any]:
     return speak
 
 
+def _compile_once(environment: Environment) -> None:
+    """Keep compiled strings: Copier compiles each part of each file's path anew, a third of a render.
+
+    (`Worker._render_parts` and `answers_relpath` in copier/_main.py, 9.19.1.)
+    """
+    compile_string = environment.from_string
+    kept: dict[str, Template] = {}
+
+    def from_string(source: Any, *args: Any, **kwargs: Any) -> Template:
+        if args or kwargs or not isinstance(source, str):
+            return compile_string(source, *args, **kwargs)
+        if source not in kept:
+            kept[source] = compile_string(source)
+        return kept[source]
+
+    environment.from_string = from_string  # type: ignore[method-assign]
+
+
 class TextEmbeddings(Extension):
     """Registers what copier.yml and template/ call. How it works is the other modules' business."""
 
     def __init__(self, environment: Environment) -> None:
         super().__init__(environment)
+        _compile_once(environment)
         answers, accelerator, catalog, texts = map(
             _module, ("answers", "accelerator", "catalog", "texts")
         )
