@@ -411,7 +411,7 @@ def choose(pin: Pin, settings: Settings, console: Console) -> Source:
             reasons.append(str(error))
             continue
         for reason_text in reasons:
-            console.info(f"not used: {reason_text}")
+            console.info(f"a nearer source is not used: {reason_text}")
         return source
     if unlike is not None:
         raise unlike
