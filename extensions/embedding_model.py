@@ -247,11 +247,11 @@ def _files(folder: Folder, root: str, name: str) -> dict[str, Entry]:
         for entry in folder.entries(_join(root, "1_Pooling")):
             if entry.path.endswith("/config.json"):
                 found["1_Pooling/config.json"] = entry
-    for name_ in (n for n in _ADAPTERS if n in entries):
-        for entry in folder.entries(_join(root, name_)):
+    for adapter in (n for n in _ADAPTERS if n in entries):
+        for entry in folder.entries(_join(root, adapter)):
             file_name = entry.path.rsplit("/", 1)[-1]
             if file_name in ("adapter_config.json", "adapter_model.safetensors"):
-                found[f"{name_}/{file_name}"] = entry
+                found[f"{adapter}/{file_name}"] = entry
     missing = [n for n in ("config.json", "tokenizer.json") if n not in found]
     if not any(_is_weight(n) for n in found):
         missing.append("model.safetensors (or pytorch_model.bin)")

@@ -158,6 +158,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         server = subprocess.Popen(command, stdout=log, stderr=log)
     try:
         import boto3
+        from botocore.exceptions import BotoCoreError
 
         with variables(keys):
             client = boto3.client("s3", endpoint_url=keys["MLFLOW_S3_ENDPOINT_URL"])
@@ -165,7 +166,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
                 try:
                     client.create_bucket(Bucket="mlflow")
                     break
-                except Exception:
+                except BotoCoreError:  # the server is not up yet
                     time.sleep(0.2)
             client.head_bucket(Bucket="mlflow")
         yield keys
