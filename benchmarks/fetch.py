@@ -404,7 +404,7 @@ class Bench:
             f"- Second start, model complete: {statistics.median(second):.2f} s, of which the bare "
             f"interpreter takes {statistics.median(interpreter):.2f} s: {beyond:.2f} s beyond it.\n"
             f"- After `kill -9` when 90 % had arrived: {statistics.median(again) / MB:,.0f} MB "
-            f"({share:.1%}) were fetched in the next run (8 connections, chunks of 8 MiB).\n"
+            f"({share:.1%}) were fetched in the next run.\n"
         )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -275,6 +274,8 @@ def choices() -> list[tuple[str, str]]:
     uri = tracking_uri()
     if uri is None:
         raise ConfigurationError("MLFLOW_TRACKING_URI is not set: name the MLflow server in it.")
+    from concurrent.futures import ThreadPoolExecutor  # model-fetch never comes here
+
     registry = Registry(uri)
     names = registry.names()
     with ThreadPoolExecutor(8) as pool:

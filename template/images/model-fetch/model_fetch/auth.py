@@ -7,14 +7,13 @@ Nothing here is ever logged, written or put into an exception's text.
 from __future__ import annotations
 
 import base64
-import ssl
 import threading
 import time
 from collections.abc import Mapping
 from urllib.parse import urlencode, urlsplit
 
 from .failures import ConfigurationError, DeniedError, UnreachableError
-from .transport import RETRYABLE, ConnectionFailed, Request, Wire, place, read_json
+from .transport import RETRYABLE, ConnectionFailed, Request, Trust, Wire, place, read_json
 
 # A token is renewed when this share of its life is over: in time for a request that is under way.
 RENEW_AT = 0.8
@@ -49,10 +48,10 @@ class Fixed(Credentials):
 class Keycloak(Credentials):
     """Tokens of an OpenID Connect provider (RFC 6749, password and client-credentials grants)."""
 
-    def __init__(self, url: str, form: Mapping[str, str], context: ssl.SSLContext) -> None:
+    def __init__(self, url: str, form: Mapping[str, str], trust: Trust) -> None:
         self._url = url
         self._form = dict(form)
-        self._context = context
+        self._trust = trust
         self._lock = threading.Lock()
         self._token = ""
         self._renew_at = 0.0
@@ -70,7 +69,7 @@ class Keycloak(Credentials):
             return True
 
     def _fetch(self) -> None:
-        wire = Wire(self._context, timeout=30)
+        wire = Wire(self._trust, timeout=30)
         request = Request(
             self._url,
             {"Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json"},
@@ -103,7 +102,7 @@ class Keycloak(Credentials):
         self._renew_at = time.monotonic() + seconds * RENEW_AT
 
 
-def from_environment(environ: Mapping[str, str], context: ssl.SSLContext) -> Credentials:
+def from_environment(environ: Mapping[str, str], trust: Trust) -> Credentials:
     """The credentials that the environment names; none when it names none.
 
     Keycloak goes before a user and password, and these before a token, as in MLflow's client.
@@ -132,7 +131,7 @@ def from_environment(environ: Mapping[str, str], context: ssl.SSLContext) -> Cre
             raise ConfigurationError(
                 "Keycloak needs MLFLOW_AUTH_USERNAME and MLFLOW_AUTH_PASSWORD, or MLFLOW_CLIENT_SECRET"
             )
-        return Keycloak(url, form, context)
+        return Keycloak(url, form, trust)
     user = environ.get("MLFLOW_TRACKING_USERNAME")
     password = environ.get("MLFLOW_TRACKING_PASSWORD")
     if user and password:

@@ -194,9 +194,9 @@ OPTIONS: dict[str, tuple[_Option, ...]] = {
         _Option("mount", "FOLDER", None, "where MLflow's artifact store is mounted, if it is"),
     ),
     "transfer": (
-        _Option("connections", "N", "8", "connections at a time", int, 1, 64),
+        _Option("connections", "N", "8", "connections at a time, at most", int, 1, 64),
         _Option(
-            *("chunk-size", "MIB", "8", "size of a request; what a kill can cost per connection"),
+            *("chunk-size", "MIB", "16", "size of a request; what a kill can cost per connection"),
             *(float, 1 / 64, 1024),
         ),
         _Option("retries", "N", "8", "failures in a row until a chunk is given up", int, 0, 1000),

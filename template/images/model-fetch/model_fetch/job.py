@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections import deque
 from dataclasses import dataclass
 
@@ -11,20 +10,21 @@ from .cache import Staging
 from .chunks import Chunk, Journal, Plan, Progress, boot_id, read_journal
 from .embedding_model import PinnedFile
 from .follow import Follower
+from .receive import Sink
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
     """A chunk that a worker has taken.
 
-    The file descriptor is the one of the file's present generation. A file that is begun anew is a
-    new inode, so a late write of an earlier generation can do no harm.
+    The sink is the file of the present generation. A file that is begun anew is a new inode, so a
+    late write of an earlier generation can do no harm.
     """
 
     job: Job
     chunk: Chunk
     generation: int
-    fd: int
+    sink: Sink
     follower: Follower
 
 
@@ -38,15 +38,13 @@ class Job:
         self._chunk_size = chunk_size
         self.attempts = 0
         self.generation = 0
+        self.active = 0
         self.finished = False
         self.sha256: str | None = None
         self.journal: Journal | None = None
         self.follower: Follower | None = None
-        self.fd = -1
+        self.sink: Sink
         self.probing = self.ranges = False
-        # The kernel lets one thread at a time write to a file, and the others burn their time
-        # spinning for it (inode rwsem); here they sleep.
-        self.writing = threading.Lock()
         self._retired: list[Journal | int] = []
         self._begin(self._known() or Progress(chunk_size), whole=False)
 
@@ -58,8 +56,9 @@ class Job:
     def open(self) -> None:
         """Opens the file and its journal."""
         self.target.parent.mkdir(parents=True, exist_ok=True)
-        self.fd = os.open(self.target, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        os.ftruncate(self.fd, self.file.size)
+        fd = os.open(self.target, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self.sink = Sink(fd)
+        os.ftruncate(fd, self.file.size)
         done = frozenset(self.done)
         progress = Progress(self.plan.chunk_size, self.validator, done, self.verified_before)
         self.journal = Journal(self._where, self.file.path, self.file.size, progress)
@@ -81,8 +80,11 @@ class Job:
         assert self.follower is not None
         if not self.pending or (self.probing and not self.ranges):
             return None
+        if self.active and self.follower.behind:
+            return None  # more connections would only take the processor away from the digest
         self.probing = True
-        return Work(self, self.pending.popleft(), self.generation, self.fd, self.follower)
+        self.active += 1
+        return Work(self, self.pending.popleft(), self.generation, self.sink, self.follower)
 
     def close(self) -> None:
         """Closes everything that was ever open; no worker may be left."""
@@ -96,8 +98,8 @@ class Job:
             self.follower.cancel()
             self.follower = None
         if self.journal is not None:
-            self._retired += [self.journal, self.fd]
-            self.journal, self.fd = None, -1
+            self._retired += [self.journal, self.sink.fd]
+            self.journal = None
 
     def _begin(self, progress: Progress, whole: bool) -> None:
         self.plan = Plan(self.file.size, progress.chunk_size)

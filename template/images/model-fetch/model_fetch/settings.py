@@ -26,9 +26,9 @@ class Settings:
     """Addresses and credentials: MLFLOW_*, AWS_*, and the CA variables."""
 
     connections: int = 8
-    """Connections to the store at a time."""
+    """The most connections to the store at a time; see ramp.py."""
 
-    chunk_size: int = 8 * MIB
+    chunk_size: int = 16 * MIB
     """Bytes of one range request, and of what a kill can cost per connection."""
 
     retries: int = 8

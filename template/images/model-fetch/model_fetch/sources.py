@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-import ssl
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -35,11 +34,11 @@ from .transport import (
     RETRYABLE,
     ConnectionFailed,
     Request,
+    Trust,
     Wire,
     origin,
     place,
     read_json,
-    tls_context,
 )
 
 API = "/api/2.0"
@@ -72,7 +71,7 @@ class Source(ABC):
 class HttpSource(Source):
     """A store that answers GET, with or without ranges."""
 
-    context: ssl.SSLContext
+    trust: Trust
 
     @abstractmethod
     def request(self, file: PinnedFile) -> Request:
@@ -120,9 +119,9 @@ class Mounted(Source):
 class Proxied(HttpSource):
     """MLflow's own artifact proxy, or any web server that holds the artifact's folder."""
 
-    def __init__(self, base: str, credentials: auth.Credentials, context: ssl.SSLContext) -> None:
+    def __init__(self, base: str, credentials: auth.Credentials, trust: Trust) -> None:
         """base: address of the artifact's folder."""
-        self._base, self._credentials, self.context = base.rstrip("/"), credentials, context
+        self._base, self._credentials, self.trust = base.rstrip("/"), credentials, trust
         self.name = f"proxied by {origin_text(base)}"
 
     def check(self) -> None:
@@ -140,8 +139,8 @@ class Signed(HttpSource):
 
     lifetime: float
 
-    def __init__(self, context: ssl.SSLContext) -> None:
-        self.context = context
+    def __init__(self, trust: Trust) -> None:
+        self.trust = trust
         self._lock = threading.Lock()
         self._signed: dict[str, tuple[Request, float]] = {}
 
@@ -179,16 +178,16 @@ class Presigned(Signed):
         folder: str,
         run_id: str | None,
         credentials: auth.Credentials,
-        context: ssl.SSLContext,
+        trust: Trust,
     ) -> None:
         """folder: of the artifact, below the run's root where run_id is given, else below the proxy's."""
-        super().__init__(context)
+        super().__init__(trust)
         self._uri, self._pin, self._folder, self._run_id = tracking_uri, pin, folder, run_id
         self._credentials = credentials
         self.name = f"presigned by {origin_text(tracking_uri)}"
 
     def check(self) -> None:
-        wire = Wire(self.context, timeout=30)
+        wire = Wire(self.trust, timeout=30)
         try:
             if self._run_id is None:
                 # A 404 or a false: a store on the server's own disk signs nothing.
@@ -220,7 +219,7 @@ class Presigned(Signed):
                 "POST",
                 body,
             )
-        wire = Wire(self.context, timeout=30)
+        wire = Wire(self.trust, timeout=30)
         try:
             answer = self._ask(wire, request)
         finally:
@@ -259,10 +258,7 @@ class S3(Signed):
     lifetime = SIGNED_FOR * 0.9
 
     def __init__(self, bucket: str, prefix: str, environ: Mapping[str, str]) -> None:
-        super().__init__(tls_context(environ, "AWS_CA_BUNDLE"))
-        if environ.get("MLFLOW_S3_IGNORE_TLS", "").lower() in ("true", "1"):
-            self.context.check_hostname = False
-            self.context.verify_mode = ssl.CERT_NONE
+        super().__init__(Trust(environ, "AWS_CA_BUNDLE", insecure="MLFLOW_S3_IGNORE_TLS"))
         self._bucket, self._prefix, self._environ = bucket, prefix.strip("/"), environ
         self._endpoint = next(
             (
@@ -360,8 +356,8 @@ def candidates(pin: Pin, settings: Settings) -> Iterator[Source]:
     folder = unquote(parts.path).strip("/")
     yield from _mounted(pin, settings.mount, parts.scheme, folder)
     if parts.scheme in ("mlflow-artifacts", "http", "https", "s3"):
-        context = tls_context(environ)
-        credentials = auth.from_environment(environ, context)
+        trust = Trust(environ, insecure="MLFLOW_TRACKING_INSECURE_TLS")
+        credentials = auth.from_environment(environ, trust)
         tracking = environ.get("MLFLOW_TRACKING_URI", "").rstrip("/")
         if tracking and urlsplit(tracking).scheme not in ("http", "https"):
             raise ConfigurationError("MLFLOW_TRACKING_URI must be an http or https address")
@@ -373,17 +369,17 @@ def candidates(pin: Pin, settings: Settings) -> Iterator[Source]:
             tracking = host
         if not tracking:
             raise ConfigurationError("MLFLOW_TRACKING_URI is missing: the address of MLflow")
-        yield Presigned(tracking, pin, folder, None, credentials, context)
+        yield Presigned(tracking, pin, folder, None, credentials, trust)
         yield Proxied(
-            f"{tracking}{API}/mlflow-artifacts/artifacts/{quote(folder)}", credentials, context
+            f"{tracking}{API}/mlflow-artifacts/artifacts/{quote(folder)}", credentials, trust
         )
     elif parts.scheme in ("http", "https"):
         known = tracking and origin(tracking) == origin(uri)
-        yield Proxied(uri, credentials if known else auth.Credentials(), context)
+        yield Proxied(uri, credentials if known else auth.Credentials(), trust)
     elif parts.scheme == "s3":
         _, found, below = folder.partition(f"{pin.run_id}/artifacts/")
         if tracking and pin.run_id and found:
-            yield Presigned(tracking, pin, below, pin.run_id, credentials, context)
+            yield Presigned(tracking, pin, below, pin.run_id, credentials, trust)
         yield S3(parts.netloc, folder, environ)
     elif parts.scheme not in ("", "file"):
         yield ClientStore(uri)

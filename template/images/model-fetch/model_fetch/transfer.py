@@ -8,6 +8,7 @@ all further answers must be of.
 from __future__ import annotations
 
 import threading
+import time
 from functools import partial
 
 from .cache import Staging
@@ -15,8 +16,9 @@ from .chunks import Chunk
 from .console import Console, Meter
 from .embedding_model import PinnedFile
 from .failures import VerificationError, from_os_error
-from .follow import Follower, Pool
+from .follow import Follower
 from .job import Job, Work
+from .ramp import Ramp
 from .responses import NoRanges, Wrong
 from .settings import Settings
 from .sources import HttpSource
@@ -45,7 +47,6 @@ class Transfer:
         self._jobs = [Job(file, staging, settings.chunk_size) for file in largest_first]
         self._workers = [Worker(source, settings, stop, self) for _ in range(settings.connections)]
         self._condition = threading.Condition(threading.RLock())
-        self._pool = Pool()
         self._followers: list[Follower] = []
         self._ended = threading.Event()
         self._meter: Meter
@@ -63,18 +64,24 @@ class Transfer:
         """
         self._meter = meter
         meter.found(sum(job.present for job in self._jobs))
-        threads = [
-            threading.Thread(target=self._work, args=(worker,), name=f"fetch-{n}", daemon=True)
-            for n, worker in enumerate(self._workers)
-        ]
-        if self._settings.sync:
-            threads.append(threading.Thread(target=self._flush, name="flush", daemon=True))
+        ramp = Ramp(len(self._workers))
+        threads: list[threading.Thread] = []
+        flush = threading.Thread(target=self._flush, name="flush", daemon=True)
         self._stop.call(self._abort)
         try:
-            for thread in threads:
-                thread.start()
+            if self._settings.sync:
+                flush.start()
             with self._condition:
                 while not self._over():
+                    wanted = ramp.connections(meter.received, time.monotonic())
+                    for worker in self._workers[len(threads) : wanted]:
+                        name = f"fetch-{len(threads)}"
+                        threads.append(
+                            threading.Thread(
+                                target=self._work, args=(worker,), name=name, daemon=True
+                            )
+                        )
+                        threads[-1].start()
                     self._condition.wait(0.5)
             self._stop.check()
         finally:
@@ -84,6 +91,8 @@ class Transfer:
                 follower.cancel()
             for thread in threads:
                 thread.join()
+            if flush.is_alive():
+                flush.join()
             for follower in self._followers:
                 follower.join()
             if self._stop.is_set() and self._settings.sync:
@@ -97,7 +106,7 @@ class Transfer:
         for job in self._jobs:
             if job.journal is not None and not job.finished:
                 try:
-                    job.journal.checkpoint(job.fd)
+                    job.journal.checkpoint(job.sink.fd)
                 except OSError:
                     return
 
@@ -136,7 +145,7 @@ class Transfer:
             self._begin_anew(job, whole=True)
             assert job.follower is not None
             everything = Chunk(0, 0, job.file.size)
-            return Work(job, everything, job.generation, job.fd, job.follower)
+            return Work(job, everything, job.generation, job.sink, job.follower)
 
     # The workers' threads
 
@@ -169,11 +178,14 @@ class Transfer:
                 try:
                     self._fetch(worker, work)
                 except Stale:
-                    continue
+                    pass
+                finally:
+                    with self._condition:
+                        work.job.active -= 1
         except BaseException as error:
             self._fail(error)
         finally:
-            worker.wire.close()
+            worker.close()
 
     def _fetch(self, worker: Worker, work: Work) -> None:
         try:
@@ -201,14 +213,19 @@ class Transfer:
 
     # Verification
 
+    def _caught_up(self) -> None:
+        """A digest has advanced, so its file may be open to more connections again."""
+        with self._condition:
+            self._condition.notify_all()
+
     def _follow(self, job: Job) -> None:
         digests = Digests(job.file, self._settings.digests == "always")
         job.follower = Follower(
             digests,
-            job.fd,
+            job.sink.fd,
             job.plan,
             job.done,
-            self._pool,
+            digested=self._caught_up,
             finished=partial(self._verify, job, digests, job.generation),
             failed=self._fail,
         )
@@ -226,7 +243,7 @@ class Transfer:
             if digests.sha256:
                 journal.verified(digests.sha256)
             if self._settings.sync:
-                journal.checkpoint(job.fd)
+                journal.checkpoint(job.sink.fd)
         with self._condition:
             if job.generation != generation:
                 return
@@ -261,8 +278,8 @@ class Transfer:
         try:
             while not self._ended.wait(CHECKPOINT_EVERY):
                 for job in self._jobs:
-                    journal, fd = job.journal, job.fd
+                    journal = job.journal
                     if journal is not None and not job.finished:
-                        journal.checkpoint(fd)
+                        journal.checkpoint(job.sink.fd)
         except OSError as error:
             self._fail(error)

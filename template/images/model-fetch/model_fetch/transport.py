@@ -10,6 +10,7 @@ import ssl
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 from urllib.parse import SplitResult, urljoin, urlsplit
 
@@ -26,6 +27,7 @@ CA_VARIABLES = (
     "CURL_CA_BUNDLE",
     "SSL_CERT_FILE",
 )
+CLIENT_VARIABLE = "MLFLOW_TRACKING_CLIENT_CERT_PATH"
 
 
 class ConnectionFailed(Exception):
@@ -45,39 +47,58 @@ class Request:
         return Request(self.url, {**self.headers, **headers}, self.method, self.body)
 
 
-def tls_context(environ: Mapping[str, str], *extra_ca_variables: str) -> ssl.SSLContext:
-    """A TLS context that trusts the system's authorities and the private one that is configured.
+class Trust:
+    """Which authorities a TLS connection trusts: the system's, and the private one of the settings."""
 
-    Raises: ConfigurationError when a configured file cannot be used.
-    """
-    context = ssl.create_default_context()
-    for name in (*extra_ca_variables, *CA_VARIABLES):
-        path = environ.get(name)
-        if not path:
-            continue
-        try:
-            folder = os.path.isdir(path)
-            context.load_verify_locations(capath=path) if folder else (
-                context.load_verify_locations(cafile=path)
-            )
-        except (OSError, ssl.SSLError):
-            raise ConfigurationError(
-                f"{name} does not name a readable file of PEM certificates: {path}"
-            ) from None
-        break
-    client = environ.get("MLFLOW_TRACKING_CLIENT_CERT_PATH")
-    if client:
-        try:
-            context.load_cert_chain(client)
-        except (OSError, ssl.SSLError):
-            raise ConfigurationError(
-                "MLFLOW_TRACKING_CLIENT_CERT_PATH does not name a PEM file "
-                f"with a certificate and its key: {client}"
-            ) from None
-    if environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1"):
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
+    def __init__(self, environ: Mapping[str, str], *more_variables: str, insecure: str) -> None:
+        """more_variables: looked at before CA_VARIABLES; insecure: the variable that turns it off.
+
+        Raises: ConfigurationError when a file that is named is not there.
+        """
+        variables = (*more_variables, *CA_VARIABLES)
+        self._authorities = next(
+            ((name, environ[name]) for name in variables if environ.get(name)), None
+        )
+        self._client = environ.get(CLIENT_VARIABLE)
+        if self._authorities and not os.access(self._authorities[1], os.R_OK):
+            raise _no_authorities(*self._authorities)
+        if self._client and not os.access(self._client, os.R_OK):
+            raise _no_client(self._client)
+        self._insecure = environ.get(insecure, "").lower() in ("true", "1")
+
+    @cached_property
+    def context(self) -> ssl.SSLContext:
+        """Made when the first TLS connection is: reading the authorities takes 40 ms.
+
+        Raises: ConfigurationError when a file is not what it should be.
+        """
+        context = ssl.create_default_context()
+        if self._authorities:
+            path = self._authorities[1]
+            where = {"capath" if os.path.isdir(path) else "cafile": path}
+            try:
+                context.load_verify_locations(**where)
+            except (OSError, ssl.SSLError):
+                raise _no_authorities(*self._authorities) from None
+        if self._client:
+            try:
+                context.load_cert_chain(self._client)
+            except (OSError, ssl.SSLError):
+                raise _no_client(self._client) from None
+        if self._insecure:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        return context
+
+
+def _no_authorities(name: str, path: str) -> ConfigurationError:
+    return ConfigurationError(f"{name} does not name a readable file of PEM certificates: {path}")
+
+
+def _no_client(path: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"{CLIENT_VARIABLE} does not name a PEM file with a certificate and its key: {path}"
+    )
 
 
 def origin(url: str) -> tuple[str, str, int]:
@@ -95,9 +116,9 @@ def place(url: str) -> str:
 class Wire:
     """The connection of one worker. Not thread-safe, but `abort` may be called from anywhere."""
 
-    def __init__(self, context: ssl.SSLContext, timeout: float) -> None:
+    def __init__(self, trust: Trust, timeout: float) -> None:
         """timeout: seconds without a single byte until a connection counts as dead."""
-        self._context = context
+        self._trust = trust
         self._timeout = timeout
         self._origin: tuple[str, str, int] | None = None
         self._connection: http.client.HTTPConnection | None = None
@@ -122,6 +143,12 @@ class Wire:
                 headers = {k: v for k, v in headers.items() if k.lower() not in CREDENTIAL_HEADERS}
             request = Request(url, headers, request.method, request.body)
         raise ConnectionFailed(f"{place(request.url)} redirects without end")
+
+    @property
+    def raw(self) -> socket.socket | None:
+        """Where an answer's body can be taken from as it is; None when TLS must decode it."""
+        sock = self._connection.sock if self._connection is not None else None
+        return None if isinstance(sock, ssl.SSLSocket) else sock
 
     def finish(self, response: http.client.HTTPResponse) -> None:
         """Ends with a response: keeps the connection when little is left to read, else closes it."""
@@ -194,7 +221,7 @@ class Wire:
         connection: http.client.HTTPConnection
         if scheme == "https":
             connection = http.client.HTTPSConnection(
-                host, port, timeout=self._timeout, context=self._context
+                host, port, timeout=self._timeout, context=self._trust.context
             )
         else:
             connection = http.client.HTTPConnection(host, port, timeout=self._timeout)

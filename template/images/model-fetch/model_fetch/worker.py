@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import http.client
-import os
 import random
 import time
 from typing import Protocol
 
 from . import responses
 from .failures import DeniedError, UnreachableError
-from .follow import PIECE
 from .job import Work
+from .receive import ReadFailed, Receiver
 from .responses import Again, Wrong
 from .settings import Settings
 from .sources import HttpSource
 from .stop import Stop
-from .transport import ConnectionFailed, Request, Wire, describe
+from .transport import ConnectionFailed, Request, Wire
 
 MAX_BACKOFF = 20.0  # seconds between two tries
 MAX_RETRY_AFTER = 120.0  # seconds that a server may ask for
@@ -59,10 +58,14 @@ class Worker:
     def __init__(
         self, source: HttpSource, settings: Settings, stop: Stop, observer: Observer
     ) -> None:
-        self.wire = Wire(source.context, settings.timeout)
+        self.wire = Wire(source.trust, settings.timeout)
         self._source, self._settings, self._stop = source, settings, stop
         self._observer = observer
-        self._buffer = memoryview(bytearray(PIECE))
+        self._receiver = Receiver(settings.timeout)
+
+    def close(self) -> None:
+        self.wire.close()
+        self._receiver.close()
 
     def fetch(self, work: Work) -> None:
         """Brings a chunk into the file, with as many requests as it takes.
@@ -116,30 +119,25 @@ class Worker:
             self.wire.finish(response)
 
     def _copy(self, response: http.client.HTTPResponse, work: Work, position: int) -> None:
-        """Writes a body to the file, and hands it to the digest."""
+        """Writes a body to the file."""
         end, plan = work.chunk.end, work.job.plan
         since, count_since = time.monotonic(), 0
-        while position < end:
-            try:
-                count = response.readinto(self._buffer[: min(PIECE, end - position)])
-            except (OSError, http.client.HTTPException) as error:
-                raise Cut(describe(error), position) from None
-            if not count:
-                raise Cut("the connection was cut", position)
-            self._check(work)
-            with work.job.writing:
-                _write(work.fd, self._buffer[:count], position)
-            self._buffer = work.follower.hand_over(position, self._buffer, count)
-            self._observer.received(count)
-            before, position = position, position + count
-            for index in plan.ends_within(before, position):
-                self._observer.done(work, index)
-            count_since += count
-            elapsed = time.monotonic() - since
-            if elapsed > self._settings.timeout:
-                if count_since < SLOWEST * elapsed:
-                    raise Cut("next to nothing arrives", position)
-                since, count_since = time.monotonic(), 0
+        pieces = self._receiver.receive(response, self.wire.raw, work.sink, position, end)
+        try:
+            for count in pieces:
+                self._check(work)
+                self._observer.received(count)
+                before, position = position, position + count
+                for index in plan.ends_within(before, position):
+                    self._observer.done(work, index)
+                count_since += count
+                elapsed = time.monotonic() - since
+                if elapsed > self._settings.timeout:
+                    if count_since < SLOWEST * elapsed:
+                        raise Cut("next to nothing arrives", position)
+                    since, count_since = time.monotonic(), 0
+        except ReadFailed as error:
+            raise Cut(str(error), position) from None
 
     def _check(self, work: Work) -> None:
         self._stop.check()
@@ -156,9 +154,3 @@ class Worker:
         if after is None:
             after = min(0.1 * 2**failures, MAX_BACKOFF) * random.uniform(0.5, 1.0)  # noqa: S311
         self._stop.sleep(min(after, MAX_RETRY_AFTER))
-
-
-def _write(fd: int, data: memoryview, position: int) -> None:
-    written = 0
-    while written < len(data):
-        written += os.pwrite(fd, data[written:], position + written)

@@ -8,13 +8,14 @@ import os
 import random
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_fetch.chunks import Journal, Plan, Progress, boot_id, read_journal
 from model_fetch.embedding_model import PinnedFile
-from model_fetch.follow import PIECE, Follower, Pool
+from model_fetch.follow import WINDOW, Follower
 from model_fetch.verify import Digests
 
 SIZES = st.integers(0, 1 << 40)
@@ -130,18 +131,18 @@ def test_a_journal_of_something_else_is_no_use(lines: list[str]) -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(
-    size=st.integers(0, 6 * PIECE),
-    chunk_size=st.integers(PIECE // 3, 3 * PIECE),
+    size=st.integers(0, 1 << 20) | st.integers(0, 3 * WINDOW),
+    share=st.floats(0.01, 1.2),
     seed=st.integers(0, 1 << 32),
     early=st.integers(0, 8),
 )
 def test_digests_are_the_files_in_whatever_order_it_arrives(
-    tmp_path_factory: pytest.TempPathFactory, size: int, chunk_size: int, seed: int, early: int
+    tmp_path_factory: pytest.TempPathFactory, size: int, share: float, seed: int, early: int
 ) -> None:
-    """Some chunks were there before, some are handed over, some are read back."""
+    """Some chunks were there before; chunks begin anywhere in a page and may be longer than a window."""
     order = random.Random(seed)
     content = order.randbytes(size)
-    plan = Plan(size, chunk_size)
+    plan = Plan(size, max(1, int(size * share)))
     chunks = list(plan)
     order.shuffle(chunks)
     there, coming = chunks[:early], chunks[early:]
@@ -152,39 +153,58 @@ def test_digests_are_the_files_in_whatever_order_it_arrives(
     digests = Digests(PinnedFile("x", "x", size, None, None))
     ended = threading.Event()
     errors: list[BaseException] = []
+    steps: list[None] = []
     follower = Follower(
-        digests, fd, plan, {chunk.index for chunk in there}, Pool(), ended.set, errors.append
+        digests,
+        fd,
+        plan,
+        {chunk.index for chunk in there},
+        digested=lambda: steps.append(None),
+        finished=ended.set,
+        failed=errors.append,
     )
     follower.start()
-    buffer = memoryview(bytearray(PIECE))
     for chunk in coming:
-        position = chunk.start
-        while position < chunk.end:
-            count = min(PIECE, chunk.end - position)
-            buffer[:count] = content[position : position + count]
-            os.pwrite(fd, buffer[:count], position)
-            buffer = follower.hand_over(position, buffer, count)
-            position += count
+        os.pwrite(fd, content[chunk.start : chunk.end], chunk.start)
         follower.arrived(chunk.index)
     assert ended.wait(30)
     follower.join()
     os.close(fd)
     assert not errors
+    assert len(steps) == len(plan)
     assert digests.sha256 == hashlib.sha256(content).hexdigest()
+
+
+def follower_of(fd: int, size: int, done: set[int], **calls: Any) -> Follower:
+    """A follower of a file in chunks of 50 bytes."""
+    digests = Digests(PinnedFile("x", "x", size, None, None))
+    nothing = {"digested": lambda: None, "finished": lambda: None, "failed": lambda error: None}
+    return Follower(digests, fd, Plan(size, 50), done, **{**nothing, **calls})
 
 
 def test_a_follower_that_cannot_read_says_so(tmp_path: Path) -> None:
     fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
     failed = threading.Event()
-    follower = Follower(
-        Digests(PinnedFile("x", "x", 100, None, None)),
-        fd,
-        Plan(100, 50),
-        {0, 1},
-        Pool(),
-        finished=lambda: None,
-        failed=lambda error: failed.set(),
+    errors: list[BaseException] = []
+    follower = follower_of(
+        fd, 100, {0, 1}, failed=lambda error: (errors.append(error), failed.set())
     )
     follower.start()
     assert failed.wait(10)
+    assert isinstance(errors[0], OSError)
     os.close(fd)
+
+
+def test_a_digest_is_behind_when_what_came_waits_for_it_in_its_order() -> None:
+    follower = follower_of(-1, 500, done={0})
+    assert not follower.behind
+    follower.arrived(3)
+    follower.arrived(4)
+    assert not follower.behind, "the chunks between are what it waits for"
+    follower.arrived(1)
+    assert not follower.behind, "what an earlier run left is no reason to wait"
+    fresh = follower_of(-1, 500, done=set())
+    fresh.arrived(0)
+    assert not fresh.behind
+    fresh.arrived(1)
+    assert fresh.behind

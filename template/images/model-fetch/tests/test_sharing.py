@@ -88,21 +88,20 @@ def test_a_holder_on_another_machine_that_lives_is_waited_for(
     path.parent.mkdir(parents=True)
     quit = threading.Event()
 
+    def record(count: int) -> None:
+        text = json.dumps(
+            {"token": "other:1:abc", "boot": "elsewhere", "beat": count, "bytes": 5_000_000}
+        )
+        with path.open("r+" if path.exists() else "w") as stream:
+            stream.write(text.ljust(512))
+
     def beat() -> None:
-        count = 0
+        count = 1
         while not quit.wait(0.1):
             count += 1
-            record = {
-                "token": "other:1:abc",
-                "boot": "elsewhere",
-                "beat": count,
-                "bytes": 5_000_000,
-            }
-            fresh = path.with_name("record")
-            fresh.write_text(json.dumps(record).ljust(512))
-            with path.open("r+" if path.exists() else "w") as stream:
-                stream.write(fresh.read_text())
+            record(count)
 
+    record(1)
     thread = threading.Thread(target=beat)
     thread.start()
     try:
