@@ -101,5 +101,5 @@ class Follower:
                 )
             except ValueError:
                 raise OSError(errno.EIO, "the file became shorter while it was fetched") from None
-            with mapped, memoryview(mapped) as view, view[start - page :] as bytes_:
-                self._digests.update(bytes_)
+            with mapped, memoryview(mapped) as view, view[start - page :] as content:
+                self._digests.update(content)
