@@ -4,7 +4,7 @@
 
 Every command is a process of its own, measured from its start to its end, interpreter and imports
 included. Methods take turns, round by round, so that a busy moment of the machine meets them all;
-tables give medians. Needs nginx and curl (Debian: nginx-light, curl).
+tables give medians. Needs nginx, curl and openssl (Debian: nginx-light, curl, openssl).
 """
 
 from __future__ import annotations
@@ -219,10 +219,29 @@ def server(command: list[str], ready: str, log: Path, env: Mapping[str, str]) ->
         process.wait()
 
 
+def certificate(work: Path) -> tuple[Path, Path]:
+    """A certificate for the loopback address, signed by itself, and its key."""
+    certificate, key = work / "certificate.pem", work / "key.pem"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
+            *("-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"),
+            *("-keyout", str(key), "-out", str(certificate)),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    return certificate, key
+
+
 @contextmanager
-def nginx(work: Path, models: Path) -> Iterator[str]:
-    """nginx that answers as MLflow's artifact proxy does: files, and a listing of each folder."""
-    port = free_port()
+def nginx(work: Path, models: Path) -> Iterator[tuple[str, str]]:
+    """nginx that answers as MLflow's artifact proxy does: files, and a listing of each folder.
+
+    Yields its addresses without and with TLS.
+    """
+    port, tls_port = free_port(), free_port()
+    pem, key = certificate(work)
     listings = ""
     for folder in models.iterdir():
         rows = [
@@ -247,6 +266,7 @@ http {{
   {temp}
   server {{
     listen 127.0.0.1:{port};
+    listen 127.0.0.1:{tls_port} ssl; ssl_certificate {pem}; ssl_certificate_key {key};
     location = /ready {{ return 200; }}
     location = {PREFIX} {{ default_type application/json; {listings} return 200 '{{}}'; }}
     location {PREFIX}/ {{ alias {models}/; }}
@@ -256,7 +276,7 @@ http {{
     )
     url = f"http://127.0.0.1:{port}"
     with server(["nginx", "-c", str(config)], f"{url}/ready", work / "nginx.out", {}):
-        yield url
+        yield url, f"https://127.0.0.1:{tls_port}"
 
 
 @contextmanager
@@ -354,6 +374,16 @@ class Bench:
             name, command, {"PYTHONPATH": str(PACKAGE), "MLFLOW_TRACKING_URI": url, **env}
         )
 
+    @property
+    def trust(self) -> dict[str, str]:
+        """Has every method trust nginx's certificate."""
+        pem = str(self.work / "certificate.pem")
+        return {
+            "MLFLOW_TRACKING_SERVER_CERT_PATH": pem,
+            "SSL_CERT_FILE": pem,
+            "CURL_CA_BUNDLE": pem,
+        }
+
     def mlflow(self, name: str, command: str, model: str, url: str) -> Method:
         return Method(
             name,
@@ -373,7 +403,7 @@ class Bench:
         found = [
             Method("curl, one stream", curl),
             Method(
-                "four bare ranges, nothing checked",
+                BARE_NAME,
                 [sys.executable, "-c", BARE, str(self.target), *urls],
             ),
         ]
@@ -403,6 +433,18 @@ class Bench:
             Method("cp, then sync", ["sh", "-c", 'cp -r "$1" "$2" && sync "$2"', "-", *copy[2:]]),
             self.ours("model-fetch as it is: SHA-256, synced", model, uri, url),
         ]
+        return Case(title, size_of(self.models / model), self.target, methods)
+
+    def tls_store(self, title: str, model: str, url: str) -> Case:
+        methods = [
+            *(method for method in self.peers(model, url) if method.name != BARE_NAME),
+            self.ours(
+                PLAIN, model, f"mlflow-artifacts:/{model}", url, "--digests", "pinned", "--no-sync"
+            ),
+            self.ours(HASHED, model, f"mlflow-artifacts:/{model}", url, "--no-sync"),
+        ]
+        for method in methods:
+            method.env = {**method.env, **self.trust}
         return Case(title, size_of(self.models / model), self.target, methods)
 
     def slow_store(self, title: str, model: str, url: str) -> Case:
@@ -451,6 +493,7 @@ class Bench:
         )
 
 
+BARE_NAME = "four bare ranges, nothing checked"
 PLAIN = "model-fetch, no digest"
 HASHED = "model-fetch, SHA-256 of every byte"
 SKINNY = "mlflow artifacts download (skinny)"
@@ -496,7 +539,7 @@ def ratios(cases: list[Case]) -> str:
     """The goals that the project set itself, and what was measured."""
     rows = ["| case | goal | measured |", "|---|---|--:|"]
     for case in cases:
-        goals = next(goals for word, goals in GOALS.items() if word in case.title)
+        goals = next((goals for word, goals in GOALS.items() if word in case.title), ())
         for text, goal, slower, faster in goals:
             try:
                 ratio = f"{case.seconds(slower) / case.seconds(faster):.2f}"
@@ -522,10 +565,11 @@ def main() -> None:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=tools.work)))
         bench = Bench(work, work / "models", tools)
         make_models(bench.models, tools.size)
-        fast = stack.enter_context(nginx(work, bench.models))
+        fast, tls = stack.enter_context(nginx(work, bench.models))
         cases = [
             bench.fast_store("One file of 1.5 GiB from nginx", "one", fast),
             bench.fast_store("Seven files, 0.5 GB, from nginx", "seven", fast),
+            bench.tls_store("One file of 1.5 GiB over TLS", "one", tls),
         ]
         for _ in range(tools.rounds):
             for case in cases:
