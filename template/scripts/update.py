@@ -171,7 +171,7 @@ def update(repository: Repository, what: str, words: list[str]) -> None:
             "to what was with `git reset --hard`"
         )
     if not changed:
-        print("Nothing else changed." if before == after else "")
+        print("Nothing else changed.")
         return
     print(f"{len(changed)} files changed. Read `git diff HEAD`, then commit.")
     if any(line[3:].startswith("images/") for line in changed):

@@ -9,15 +9,16 @@ import os
 import select
 import socket
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from .transport import describe
 
 PIECE = 1 << 20  # bytes that are moved at a time: the most that a pipe may hold (pipe(7))
-LINGER = 100  # milliseconds to wait for more before what has come is written
-F_SETPIPE_SZ = 1031  # <linux/fcntl.h>; not in the fcntl of every Python
+LINGER = 0.1  # seconds without a byte after which what has come is written
+LONGEST = 1.0  # seconds after which it is written in any case, so that a drip is seen as one
+READ = 1 << 16  # bytes that are read at a time where TLS or chunks are decoded
 # What kernels, file systems and seccomp filters answer that have no splice for this (splice(2)).
 UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM})
 CUT = "the connection was cut"
@@ -78,30 +79,43 @@ class Receiver:
         if not response.length:
             sock = None  # without a length the body's end must be found; an empty one has none
         # What came with the headers is in this process already.
-        head = len(_from(response.peek)) if sock is not None and self._splices else 0
-        while position < end:
+        try:
+            head = len(response.peek()) if sock is not None and self._splices else 0
+        except (OSError, http.client.HTTPException) as error:
+            raise ReadFailed(describe(error)) from None
+        failure = None
+        while position < end and failure is None:
             most = min(head or PIECE, end - position)
             if sock is not None and self._splices and not head:
                 count = self._splice(response, sock, sink, position, most)
             else:
-                count = self._copy(response, sink, position, most)
+                count, failure = self._copy(response, sink, position, most)
             head -= min(head, count)
             position += count
             yield count
+        if failure is not None:
+            raise ReadFailed(failure)
         if response.length == 0:
             response.close()
 
     def _copy(
         self, response: http.client.HTTPResponse, sink: Sink, position: int, most: int
-    ) -> int:
-        """Writes the next bytes by way of a buffer; returns how many."""
+    ) -> tuple[int, str | None]:
+        """Writes the next bytes by way of a buffer; returns how many, and why no more will come."""
         if self._buffer is None:
             self._buffer = memoryview(bytearray(PIECE))
-        count = int(_from(response.readinto, self._buffer[:most]))
-        if not count:
-            raise ReadFailed(CUT)
+        count, failure, until = 0, None, time.monotonic() + LONGEST
+        while count < most and failure is None and (not count or time.monotonic() < until):
+            try:
+                data = response.read1(min(READ, most - count))
+            except (OSError, http.client.HTTPException) as error:
+                failure = describe(error)
+                break
+            failure = None if data else CUT
+            self._buffer[count : count + len(data)] = data
+            count += len(data)
         sink.write(self._buffer[:count], position)
-        return count
+        return count, failure
 
     def _splice(
         self,
@@ -135,14 +149,14 @@ class Receiver:
 
     def _fill(self, pipe: int, sock: socket.socket, most: int) -> int:
         """Moves up to `most` bytes into the pipe, as they come in; 0 when this system cannot."""
-        count, readable = 0, False
+        count, readable, until = 0, False, time.monotonic() + LONGEST
         poll = select.poll()
         poll.register(sock, select.POLLIN)
-        while count < most:
+        while count < most and (not count or time.monotonic() < until):
             try:
                 moved = os.splice(sock.fileno(), pipe, most - count, flags=os.SPLICE_F_NONBLOCK)
             except BlockingIOError:
-                if count and (readable or not poll.poll(LINGER)):
+                if count and (readable or not poll.poll(LINGER * 1000)):
                     break  # the pipe is full, or the connection pauses
                 if not count and not poll.poll(self._timeout * 1000):
                     raise ReadFailed(describe(TimeoutError())) from None
@@ -163,19 +177,11 @@ class Receiver:
         return count
 
 
-def _from(read: Callable[..., Any], *arguments: object) -> Any:
-    """Calls what reads from a connection. Raises ReadFailed."""
-    try:
-        return read(*arguments)
-    except (OSError, http.client.HTTPException) as error:
-        raise ReadFailed(describe(error)) from None
-
-
 def _pipe() -> tuple[int, int]:
     """A pipe with room for PIECE bytes, or for as many as this user may still have."""
     drain, fill = os.pipe2(os.O_CLOEXEC)
     try:
-        fcntl.fcntl(fill, F_SETPIPE_SZ, PIECE)
+        fcntl.fcntl(fill, fcntl.F_SETPIPE_SZ, PIECE)
     except OSError:
         pass  # what it has does it too, by more calls
     return drain, fill

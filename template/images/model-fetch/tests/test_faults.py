@@ -134,6 +134,14 @@ def test_a_drip_below_a_kibibyte_per_second_is_given_up(pod: Pod, mirrored: Pinn
     assert_failed(run, pod, 5)
 
 
+def test_a_drip_is_given_up_though_no_pause_in_it_is_long(pod: Pod, mirrored: PinnedModel) -> None:
+    drip = always(Fault(drip=2.0))
+    with serve(mirrored.files) as store, breaking(store.port, drip) as proxy:
+        run = pod.run(mirrored, proxy.url, "--timeout", "3", "--retries", "0")
+    assert_failed(run, pod, 5)
+    assert "next to nothing arrives" in run.log
+
+
 def test_a_flipped_bit_without_any_digest_is_not_seen_but_a_truncated_file_is(
     pod: Pod, model: PinnedModel
 ) -> None:

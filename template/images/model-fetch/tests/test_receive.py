@@ -128,6 +128,18 @@ def test_a_connection_that_stands_still_is_given_up(sink: Sink, raw: bool) -> No
             list(Receiver(0.3).receive(response, sock if raw else None, sink, 0, 100_000))
 
 
+@pytest.mark.parametrize("raw", [True, False], ids=["spliced", "buffered"])
+def test_a_drip_is_handed_on_while_it_drips(sink: Sink, raw: bool) -> None:
+    """So the worker sees how slow it is: no pause is long, and a full piece would take hours."""
+    drops = [part for _ in range(60) for part in (b"drop", 0.05)]
+    with answer(HEAD % 240, *drops, hold=True) as sock:
+        response = response_on(sock)
+        counts = list(Receiver(10).receive(response, sock if raw else None, sink, 0, 240))
+    assert sum(counts) == 240
+    assert len(counts) >= 3
+    assert content_of(sink, 240) == b"drop" * 60
+
+
 def test_a_file_that_takes_no_splice_gets_the_same_bytes(tmp_path: Path) -> None:
     """O_APPEND is what splice(2) refuses on any file system; pwrite appends there, in order."""
     fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT | os.O_APPEND)

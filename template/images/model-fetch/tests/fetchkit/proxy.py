@@ -32,7 +32,7 @@ class Fault:
     """Break it by a TCP reset instead of an orderly end."""
 
     drip: float | None = None
-    """Seconds of pause after every KiB of the body."""
+    """Seconds that every KiB of the body takes, sixteen bytes at a time."""
 
     stall: float | None = None
     """Seconds of silence before the body."""
@@ -174,13 +174,14 @@ def _relay(server: socket.socket, client: socket.socket, fault: Fault) -> bool:
                 if fault.reset:
                     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 return False
-            client.sendall(piece)
+            step = 16 if fault.drip else len(piece)
+            for at in range(0, len(piece), step):
+                client.sendall(piece[at : at + step])
+                time.sleep((fault.drip or 0) * step / 1024)
             position += len(piece)
-            if fault.drip:
-                time.sleep(fault.drip * len(piece) / 1024)
         if left is not None and position >= left:
             return keep
-        data = server.recv(1024 if fault.drip else 65536)
+        data = server.recv(65536)
         if not data:
             return False
 
