@@ -32,6 +32,16 @@ class Request:
         return {name: values[0] for name, values in parse_qs(self.body.decode()).items()}
 
 
+def only_with(token: str) -> Callable[[Request], Answer | None]:
+    """Lets requests through that carry this bearer token."""
+
+    def rule(request: Request) -> Answer | None:
+        allowed = request.headers.get("Authorization") == f"Bearer {token}"
+        return None if allowed else (401, HTML, b"no")
+
+    return rule
+
+
 @dataclass
 class Gateway:
     """Where it listens, and what it was asked."""

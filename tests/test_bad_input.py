@@ -11,7 +11,7 @@ import trustme
 
 from demo.registry import free_port, serve
 from tests.conftest import Run
-from tests.gateway import HTML, JSON, Answer, Request, gateway
+from tests.gateway import HTML, JSON, Answer, Request, gateway, only_with
 from tests.snapshots import register, safetensors, snapshot, write
 
 Copy = Callable[..., Run]
@@ -292,11 +292,7 @@ def guarded(registered: str) -> Iterator[tuple[str, str, list[Request]]]:
             return 200, JSON, b'{"access_token": "fresh-token", "expires_in": 300}'
         return 401, JSON, b'{"error": "invalid_grant", "error_description": "for hunter2"}'
 
-    def mlflow(request: Request) -> Answer | None:
-        allowed = request.headers.get("Authorization") == "Bearer fresh-token"
-        return None if allowed else (401, HTML, b"no")
-
-    with gateway(keycloak) as identity, gateway(mlflow, registered) as front:
+    with gateway(keycloak) as identity, gateway(only_with("fresh-token"), registered) as front:
         yield front.uri, f"{identity.uri}/realms/x/protocol/openid-connect/token", identity.requests
 
 

@@ -18,7 +18,7 @@ import pytest
 from extensions import pin as pins
 from extensions.pin import Pin
 from tests.conftest import Run, environment, variables
-from tests.gateway import HTML, JSON, Answer, Request, gateway
+from tests.gateway import JSON, Answer, Request, gateway, only_with
 from tests.snapshots import (
     KINDS,
     LAYOUTS,
@@ -293,11 +293,7 @@ def test_a_pin_without_a_version_is_resolved_behind_keycloak(
             return 401, JSON, b'{"error": "unauthorized_client"}'
         return 200, JSON, b'{"access_token": "fresh", "expires_in": 300}'
 
-    def mlflow(request: Request) -> Answer | None:
-        allowed = request.headers.get("Authorization") == "Bearer fresh"
-        return None if allowed else (401, HTML, b"no")
-
-    with gateway(keycloak) as identity, gateway(mlflow, mlflow_proxied) as front:
+    with gateway(keycloak) as identity, gateway(only_with("fresh"), mlflow_proxied) as front:
         login = {
             "MLFLOW_KEYCLOAK_TOKEN_URL": f"{identity.uri}/token",
             "MLFLOW_KEYCLOAK_CLIENT_ID": "pods",

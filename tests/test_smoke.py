@@ -5,7 +5,6 @@ The stub itself is held to that documentation first; then each of its faults mus
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -13,7 +12,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +21,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.conftest import program
 from tests.tei_stub.server import FAULTS, Stub, serving
 
 pytest.importorskip("openai", reason="the smoke test needs OpenAI's client: pip install openai")
@@ -36,17 +36,9 @@ Render = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def smoke() -> Iterator[ModuleType]:
+def smoke() -> ModuleType:
     """The program, as a module."""
-    path = ROOT / "template/smoke/smoke.py"
-    spec = importlib.util.spec_from_file_location("smoke_under_test", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return program(ROOT / "template/smoke/smoke.py")
 
 
 @pytest.fixture(scope="module")

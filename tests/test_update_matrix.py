@@ -5,7 +5,6 @@ What comes out is compared exactly: a three-way merge has one right result.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -24,7 +23,7 @@ import tomllib
 import yaml
 
 from demo.registry import connect, free_port
-from tests.conftest import ROOT, environment, pinned
+from tests.conftest import ROOT, environment, pinned, program
 from tests.snapshots import register, snapshot
 from tests.test_update import IDENTITY
 
@@ -110,14 +109,7 @@ class Repository:
 @cache
 def updater() -> ModuleType:
     """The program behind `make update`, which is in no package."""
-    path = ROOT / "template/scripts/update.py"
-    spec = importlib.util.spec_from_file_location("rendered_update", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return program(ROOT / "template/scripts/update.py")
 
 
 def change(path: Path, old: str, new: str) -> None:
