@@ -39,6 +39,10 @@ models: $(INSTALLED) ## Print which model is served on which accelerator, from t
 bench: $(INSTALLED) ## Measure rendering against an empty template; prints a table
 	$(BIN)/python benchmarks/render.py
 
+.PHONY: pictures
+pictures: $(INSTALLED) ## Draw the documentation's pictures anew, before the real TEI
+	@$(BIN)/python -W ignore docs/pictures.py
+
 .PHONY: clean
 clean: ## Remove environments, caches and the demonstration
 	rm -rf $(VENV) .cache demo/.state .pytest_cache .mypy_cache .ruff_cache .hypothesis

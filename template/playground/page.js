@@ -117,7 +117,7 @@ function picture(points, texts) {
     const [x, y] = [place(point, 0, 640), 420 - place(point, 1, 420)];
     svg.append(
       make("circle", { svg: 1, cx: x, cy: y, r: 5 }, make("title", { svg: 1 }, texts[i])),
-      make("text", { svg: 1, x: x + 8, y: y + 4 }, texts.length > 60 ? i + 1 : `${i + 1} ${texts[i].slice(0, 24)}`),
+      make("text", { svg: 1, x: x > 480 ? x - 8 : x + 8, y: y + 4, "text-anchor": x > 480 ? "end" : "start" }, texts.length > 60 ? i + 1 : `${i + 1} ${texts[i].slice(0, 24)}`),
     );
   });
   return svg;
@@ -138,7 +138,7 @@ for (const button of document.querySelectorAll("nav button")) {
 for (const select of document.querySelectorAll("select.prompt")) {
   select.append(make("option", { value: "" }, "nothing"));
   for (const [name, prompt] of Object.entries(rendered.prompts)) {
-    if (prompt) select.append(make("option", { value: name }, `${name}: ${prompt.trim().slice(0, 60)}`));
+    if (prompt) select.append(make("option", { value: name }, `${name}: “${prompt.slice(0, 60)}”`));
   }
   select.value = V.promptFor(select.dataset.use, rendered.prompts);
 }
@@ -170,10 +170,13 @@ async function greet() {
   let info = {};
   try {
     info = await service.info();
-    model.textContent = info.model_type?.embedding || info.model_type?.Embedding
-      ? `${info.served_model_name ?? rendered.model_id} answers.`
+    const name = info.served_model_name ?? rendered.model_id;
+    const embeds = info.model_type?.embedding || info.model_type?.Embedding;
+    const right = embeds && name === rendered.model_id;
+    model.textContent = right ? `${name} answers.`
+      : embeds ? `${name} answers; this page was made for ${rendered.model_id}.`
       : "What answers serves no embeddings.";
-    model.classList.remove("wrong");
+    model.classList.toggle("wrong", !right);
   } catch (error) {
     // Behind a gateway /info is not routed; the texts may still be.
     model.textContent = `${rendered.model_id}. ${error.message}`;

@@ -80,7 +80,9 @@ class Page(BaseHTTPRequestHandler):
 
     def say(self, status: int, text: str) -> None:
         """Answer with one sentence."""
-        self.answer(status, b'{"message": "%s"}' % text.replace('"', "'").encode(), "application/json")
+        self.answer(
+            status, b'{"message": "%s"}' % text.replace('"', "'").encode(), "application/json"
+        )
 
     def answer(self, status: int, body: bytes, kind: str) -> None:
         """Answer, and let nothing be kept."""
@@ -123,7 +125,9 @@ def address(url: str) -> SplitResult:
     except ValueError:
         valid = False
     if not valid or "@" in parts.netloc:
-        raise argparse.ArgumentTypeError("give an address such as http://127.0.0.1:8355, without a login")
+        raise argparse.ArgumentTypeError(
+            "give an address such as http://127.0.0.1:8355, without a login"
+        )
     # What the README names for OpenAI's client is the same service.
     return parts._replace(path=parts.path.rstrip("/").removesuffix("/v1"), query="", fragment="")
 
@@ -138,9 +142,15 @@ def main() -> int:
     try:
         server = ThreadingHTTPServer(("127.0.0.1", given.port), Page)
     except (OSError, OverflowError) as error:
-        print(f"playground: port {given.port} cannot be used ({reason(error)}): PORT=… takes another", file=sys.stderr)
+        print(
+            f"playground: port {given.port} cannot be used ({reason(error)}): PORT=… takes another",
+            file=sys.stderr,
+        )
         return 1
-    print(f"http://127.0.0.1:{server.server_port}/ shows {given.url.geturl()}; Ctrl-C ends it", flush=True)
+    print(
+        f"http://127.0.0.1:{server.server_port}/ shows {given.url.geturl()}; Ctrl-C ends it",
+        flush=True,
+    )
     try:
         server.serve_forever()
     except KeyboardInterrupt:
