@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any, Protocol
 
-from . import reading
 from .errors import UnsuitableModelError
 
 SENTENCE_CONFIGS = tuple(
@@ -339,11 +338,8 @@ def _json(folder: Folder, entry: Entry, name: str) -> Any:
     return value
 
 
-def positive(value: object) -> int | None:
-    """A number that can count something: whole, from 1 to 2^53; None when it is no such."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        return None
-    return value if 0 < value <= reading.MOST_COUNTED else None
+def _integer(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
 def _first(config: Mapping[str, Any], *names: str) -> int | None:
@@ -351,7 +347,7 @@ def _first(config: Mapping[str, Any], *names: str) -> int | None:
     nested = config.get("text_config")
     for source in (config, nested if isinstance(nested, dict) else {}):
         for name in names:
-            if (value := positive(source.get(name))) is not None:
+            if (value := _integer(source.get(name))) is not None:
                 return value
     return None
 
@@ -415,7 +411,7 @@ def _dimensions(configs: Mapping[str, Any], hidden_size: int | None) -> int | No
     dense = sorted(path for path in configs if re.match(r"\d+_Dense", path))
     pooling = _mapping(configs.get("1_Pooling/config.json"))
     return (
-        (positive(_mapping(configs[dense[-1]]).get("out_features")) if dense else None)
+        (_integer(_mapping(configs[dense[-1]]).get("out_features")) if dense else None)
         or _first(pooling, "word_embedding_dimension", "embedding_dimension")
         or hidden_size
     )

@@ -19,6 +19,7 @@ from .egress import Egress, destinations
 from .embedding_model import Facts
 from .errors import ConfigurationError, TemplateError, UnsuitableModelError
 from .pin import Pin
+from .tei import Edit, edits
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
@@ -220,6 +221,9 @@ class Plan:
 
     slow_token_seconds: float
     tei_image: Image
+    tei_edits: tuple[Edit, ...]
+    """The edits of TEI's sources that its image has."""
+
     model_fetch_image: Image
     smoke_image: Image
     egress: tuple[Egress, ...]
@@ -284,6 +288,7 @@ def plan(pin: Pin, given: Mapping[str, Any]) -> Plan:
         slow_base_seconds=0.02,
         slow_token_seconds=2 * _parameters(facts) / _SLOW_GPU_FLOPS,
         tei_image=_tei_image(gpu, given),
+        tei_edits=edits(given),
         model_fetch_image=Image(f"{registry}-model-fetch", MODEL_FETCH_VERSION),
         smoke_image=Image(f"{registry}-smoke", SMOKE_VERSION),
         egress=tuple(destinations(pin, given)),
@@ -586,7 +591,7 @@ def _flags(
     yield Flag(
         "--model-id", "/model/current", "The link that model-fetch sets to the pinned version"
     )
-    yield Flag("--served-model-name", pin.model_id, "What clients name as model")
+    yield Flag("--served-model-name", pin.model_id, "What clients name as `model`")
     yield Flag(
         "--pooling",
         pooling,

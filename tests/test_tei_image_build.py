@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from extensions import tei
 from tests.containers.mirrors import Mirrors, mirrors, rust_toolchain
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ pytest_plugins = ["tests.containers.engine", "tests.containers.renders"]
 STANDIN = Path(__file__).parent / "containers/standin"
 PACKAGES = "ca-certificates,curl,gcc,git,libc6-dev,libssl-dev,openssl,pkg-config"
 ARCHITECTURE = {"x86_64": "amd64", "aarch64": "arm64"}[platform.machine()]
+
+EDITS = ",".join(edit.name for edit in tei.every_edit())
+CARGO_CHEF = "0.1.73"
 
 RUNTIME = """\
 FROM {debian}
@@ -80,10 +84,26 @@ def _image(engine: Engine, role: str, dockerfile: str) -> str:
     return name
 
 
+def cargo_chef() -> Path:
+    """Folder whose bin/ has the cargo-chef of the Dockerfile, compiled once (a minute on two cores)."""
+    from tests.containers.engine import CACHE  # above, pytest could not rewrite its assertions
+
+    folder = CACHE / f"cargo-chef-{CARGO_CHEF}"
+    if not (folder / "bin/cargo-chef").exists():
+        words = ["install", "cargo-chef", "--version", CARGO_CHEF, "--locked", "--debug"]
+        done = subprocess.run(
+            [rust_toolchain() / "bin/cargo", *words, "--root", folder],
+            text=True,
+            capture_output=True,
+        )
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
 def _rust_image(engine: Engine, runtime: str, folder: Path) -> str:
     """This machine's Rust, where the official image has its own."""
     toolchain = rust_toolchain()
-    name = f"standin/rust:{toolchain.name}-{runtime.split(':')[1]}".lower()
+    name = f"standin/rust:{toolchain.name}-{CARGO_CHEF}-{runtime.split(':')[1]}".lower()
     if not engine.has(name):
         tar = folder / "rust.tar"
         parts = ["bin/cargo", "bin/rustc", "lib"]
@@ -91,8 +111,8 @@ def _rust_image(engine: Engine, runtime: str, folder: Path) -> str:
             ["tar", "-cf", tar, "-C", toolchain, "--transform=s,^,usr/local/cargo/,", *parts],
             check=True,
         )
-        chef = "--transform=s,^,usr/local/cargo/bin/,"
-        subprocess.run(["tar", "-rf", tar, "-C", STANDIN, chef, "cargo-chef"], check=True)
+        chef = "--transform=s,^,usr/local/cargo/,"
+        subprocess.run(["tar", "-rf", tar, "-C", cargo_chef(), chef, "bin/cargo-chef"], check=True)
         (folder / "context").mkdir()
         tar.rename(folder / "context/rust.tar")
         dockerfile = (
@@ -130,7 +150,10 @@ def _arguments(bases: Bases, served: Mirrors, **changes: str) -> list[str]:
         "GIT_BASE_URL": served.git,
         "CRATES_INDEX": served.crates,
         "APT_MIRROR": served.apt,
-        "SWAGGER_UI_DOWNLOAD_URL": served.page,
+        # What is not sent to a mirror fails, at a port where nothing listens.
+        "HTTP_PROXY": "http://127.0.0.1:9",
+        "HTTPS_PROXY": "http://127.0.0.1:9",
+        "NO_PROXY": "127.0.0.1",
         "TEI_REF": served.tei_ref,
         "RUST_VERSION": served.rust,
         "RAYON_NUM_THREADS": "3",
@@ -209,6 +232,7 @@ def test_the_image_says_what_it_is(engine: Engine, built: Built, served: Mirrors
     assert environment["PORT"] == "8355"
     assert config["Labels"]["org.opencontainers.image.revision"] == served.tei_ref
     assert config["Labels"]["tei.accelerator"] == built.accelerator
+    assert config["Labels"]["tei.edits"] == EDITS
     if built.accelerator == "gb10":
         assert config["Labels"]["tei.cuda.version"] == "12.9.1"
         assert config["Labels"]["tei.cuda.architecture"] == "sm_121a"
@@ -221,7 +245,8 @@ def test_tei_runs_unprivileged_and_gets_the_signal(
     options = [] if built.accelerator == "cpu" else [gpu]
     with _running(engine, built.name, *options) as (container, lines):
         assert f"git_sha={served.tei_ref}" in lines
-        assert f"docker_label={built.accelerator}" in lines
+        assert f"docker_label={built.accelerator} edits={EDITS}" in lines
+        assert "edited=true" in lines
         assert "port=8355" in lines
         assert 'arguments=["--model-id", "/model/current"]' in lines
         assert "pid=1" in lines
@@ -238,7 +263,7 @@ def test_nvcc_is_told_the_architecture_once_for_both_builds(
     with _running(engine, built.name, gpu) as (_, lines):
         # What the dependency stage compiled; the program stage takes it as it is.
         nvcc = "nvcc --gpu-architecture=sm_121 --gpu-architecture=sm_121a (3 at a time)"
-        assert f"kernels=with cutlass and page by {nvcc} small=42 tls=true" in lines
+        assert f"kernels=with cutlass by {nvcc} small=42 tls=true" in lines
     assert built.log.count("Compiling kernels v0.8.4") == 1
     pruned = "nvprune --generate-code code=sm_120 --generate-code code=sm_121 "
     assert f"{pruned}/usr/local/cuda/lib64/libcublas_static.a" in built.log

@@ -1,8 +1,8 @@
 """A company's mirrors on loopback, and behind them a small project that stands in for TEI.
 
 The project has what makes TEI's build hard to redirect: a crate from the index, a crate from a git
-repository on GitHub, in that a submodule on GitHub, and a build script that downloads. It links OpenSSL
-and, for a GPU, CUDA.
+repository on GitHub, in that a submodule on GitHub, and a workspace with members that the server does not
+need, one of which downloads while it is built. It links OpenSSL and, for a GPU, CUDA.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -27,7 +28,16 @@ from pathlib import Path
 
 import pytest
 
-_TEI_MANIFEST = """\
+_ROOT = Path(__file__).parents[2]
+
+_TEI_WORKSPACE = """\
+[workspace]
+members = ["backends", "backends/ort", "core", "router"]
+default-members = ["backends", "backends/ort", "core", "router"]
+resolver = "2"
+"""
+
+_TEI_ROUTER = """\
 [package]
 name = "text-embeddings-router"
 version = "1.9.3"
@@ -40,12 +50,41 @@ candle-cuda = ["kernels/cuda"]
 candle-cuda-turing = ["kernels/cuda"]
 dynamic-linking = []
 static-linking = []
+ort = ["text-embeddings-backend/ort"]
 
 [dependencies]
 small = "0.1"
 kernels = { git = "https://github.com/huggingface/candle", rev = "%s" }
+text-embeddings-backend = { path = "../backends" }
+text-embeddings-core = { path = "../core" }
+"""
 
-[workspace]
+_TEI_BACKEND = """\
+[package]
+name = "text-embeddings-backend"
+version = "1.9.3"
+edition = "2021"
+
+[features]
+ort = ["dep:text-embeddings-backend-ort"]
+
+[dependencies]
+text-embeddings-backend-ort = { path = "ort", optional = true }
+"""
+
+_TEI_MEMBER = """\
+[package]
+name = "%s"
+version = "1.9.3"
+edition = "2021"
+"""
+
+_ORT_BUILD = """\
+fn main() {
+    let address = "https://onnxruntime.example.invalid/static.tgz";
+    let fetched = std::process::Command::new("curl").args(["-sSfL", address]).status().unwrap();
+    assert!(fetched.success(), "the ONNX Runtime cannot be fetched");
+}
 """
 
 _TEI_MAIN = """\
@@ -69,6 +108,7 @@ fn main() {
     let tls = unsafe { !TLS_method().is_null() };
     println!("git_sha={}", option_env!("GIT_SHA").unwrap_or("none"));
     println!("docker_label={}", option_env!("DOCKER_LABEL").unwrap_or("none"));
+    println!("edited={}", text_embeddings_core::TOKENIZATION.contains("has no token"));
     println!("kernels={} small={} tls={tls}", kernels::built(), small::answer());
     println!("port={}", std::env::var("PORT").unwrap_or_default());
     println!("arguments={:?}", std::env::args().skip(1).collect::<Vec<_>>());
@@ -86,10 +126,6 @@ use std::process::Command;
 fn main() {
     let cutlass = std::fs::read_to_string("cutlass/cutlass.h").expect("cutlass is not there");
     let mut built = format!("with {}", cutlass.trim());
-    println!("cargo:rerun-if-env-changed=SWAGGER_UI_DOWNLOAD_URL");
-    let page = std::env::var("SWAGGER_UI_DOWNLOAD_URL").unwrap_or("https://github.com/page".into());
-    let fetched = Command::new("curl").args(["-sSfL", &page]).output().expect("curl is not there");
-    built += &format!(" and {}", String::from_utf8(fetched.stdout).unwrap().trim());
     if std::env::var("CARGO_FEATURE_CUDA").is_ok() {
         let cap: usize = std::env::var("CUDA_COMPUTE_CAP").unwrap().parse().expect("Could not parse code");
         let nvcc = Command::new("nvcc").arg(format!("--gpu-architecture=sm_{cap}")).output().unwrap();
@@ -137,9 +173,6 @@ class Mirrors:
 
     tei_ref: str
     """The commit of the stand-in for TEI."""
-
-    page: str
-    """What TEI's build script would fetch from GitHub with curl."""
 
     moved_tei: str
     """Path below `git` of a repository that has another commit of it."""
@@ -216,6 +249,17 @@ def _apt(folder: Path) -> None:
     for name in packages:
         (release / name).parent.mkdir(parents=True, exist_ok=True)
         (release / name).write_bytes(empty)
+
+
+def anchors() -> dict[str, str]:
+    """What the edits of TEI's sources look for, a line each, by the file that has it."""
+    found: dict[str, str] = {}
+    for edit in sorted((_ROOT / "template/images/tei/patches").glob("*.edit")):
+        for part in re.split(r"^file: ", edit.read_text(), flags=re.MULTILINE)[1:]:
+            path, _, rest = part.partition("\n")
+            lines = re.findall(r"^find: (.*)$", rest, re.MULTILINE)
+            found[path] = found.get(path, "") + "".join(f"{line}\n" for line in lines)
+    return found
 
 
 class _Quiet(SimpleHTTPRequestHandler):
@@ -309,7 +353,6 @@ def mirrors(folder: Path) -> Iterator[Mirrors]:
 
         _crate(http, http_url)
         _apt(http / "apt")
-        (http / "page.zip").write_text("page\n")
         _commit(repository("NVIDIA/cutlass", {"cutlass.h": "cutlass\n"}), environment)
         kernels = repository(
             "huggingface/candle",
@@ -327,8 +370,17 @@ def mirrors(folder: Path) -> Iterator[Mirrors]:
         )
         revision = _commit(kernels, environment)
         tei_files = {
-            "Cargo.toml": _TEI_MANIFEST % revision,
-            "src/main.rs": _TEI_MAIN,
+            # What the edits look for.
+            **{path: f"/*\n{text}*/\n" for path, text in anchors().items()},
+            "Cargo.toml": _TEI_WORKSPACE,
+            "router/Cargo.toml": _TEI_ROUTER % revision,
+            "router/src/main.rs": _TEI_MAIN,
+            "backends/Cargo.toml": _TEI_BACKEND,
+            "backends/ort/Cargo.toml": _TEI_MEMBER % "text-embeddings-backend-ort",
+            "backends/ort/build.rs": _ORT_BUILD,
+            "backends/ort/src/lib.rs": "",
+            "core/Cargo.toml": _TEI_MEMBER % "text-embeddings-core",
+            "core/src/lib.rs": 'pub const TOKENIZATION: &str = include_str!("tokenization.rs");\n',
             "rust-toolchain.toml": f'[toolchain]\nchannel = "{rust}"\ncomponents = ["rustfmt", "clippy"]\n',
             ".cargo/config.toml": '[build]\nrustflags = ["-C", "target-cpu=no-such-cpu"]\n',
         }
@@ -356,7 +408,6 @@ def mirrors(folder: Path) -> Iterator[Mirrors]:
             crates=f"sparse+{http_url}/index/",
             apt=f"{http_url}/apt",
             tei_ref=_commit(tei, environment),
-            page=f"{http_url}/page.zip",
             moved_tei="moved/text-embeddings-inference",
             rust=rust,
         )

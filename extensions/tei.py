@@ -1,0 +1,49 @@
+"""Text Embeddings Inference itself: the edits of its sources that the built image carries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_TABLE = Path(__file__).parent / "data" / "tei.yaml"
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """One edit of TEI's sources."""
+
+    name: str
+    """Name of its file in images/tei/patches, and in what /info says: `queue`."""
+
+    without: str
+    """What happens where it is not made."""
+
+    upstream: str | None = None
+    """Number of the issue at huggingface/text-embeddings-inference; None: not reported."""
+
+
+@cache
+def _table() -> Mapping[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load(_TABLE.read_text())
+    return loaded
+
+
+def releases() -> tuple[Mapping[str, Any], ...]:
+    """The commits that are known, oldest first."""
+    return tuple(_table()["releases"])
+
+
+def every_edit() -> tuple[Edit, ...]:
+    """All edits, in the order in which they are made."""
+    return tuple(Edit(name, **row) for name, row in _table()["edits"].items())
+
+
+def edits(given: Mapping[str, Any]) -> tuple[Edit, ...]:
+    """The edits that the image of these answers has: Hugging Face's own has none."""
+    made = given["tei_image"] == "build" and given.get("tei_edits", True)
+    return every_edit() if made else ()
