@@ -34,7 +34,9 @@ os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
 
 
 def program(path: Path) -> ModuleType:
-    """A rendered program, which is in no package, as a module."""
+    """A rendered program, which is in no package, as a module; it finds those beside it."""
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
     spec = importlib.util.spec_from_file_location(f"program_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None

@@ -1,4 +1,4 @@
-"""Checks a running endpoint against what this repository deploys: `python smoke.py --url http://…`.
+"""Checks a running endpoint against what this repository deploys: `python3 smoke.py --url http://…`.
 
 Prints one line per check and ends with 0 when none failed, 1 when one did, 2 when it could not begin.
 A key for the endpoint is taken from the environment variable API_KEY, never from the command line.
@@ -7,22 +7,17 @@ A key for the endpoint is taken from the environment variable API_KEY, never fro
 from __future__ import annotations
 
 import argparse
-import base64
-import json
 import math
-import os
 import re
-import struct
 import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import partial
 
-import openai
+import batches
+from batches import Company, words
+from checks import Expected, Skipped, begin, program, run
+from endpoint import Endpoint, Failed, Stopped
 
 METRICS = (
     "te_batch_next_size",
@@ -51,144 +46,83 @@ TOLERANCE = 1e-3
 """Of vector lengths and of numbers of the same vector computed twice, in float16."""
 
 
-class Failed(Exception):
-    """A check did not find what it expected."""
+@dataclass
+class Service:
+    """What the checks look at."""
+
+    endpoint: Endpoint
+    expected: Expected
+    company: Company
+    max_batch_tokens: int | None = None
+    """As /info says."""
+
+    def long(self) -> list[str]:
+        """Two texts of equal length: the longest inputs that fit into one batch together."""
+        limit = self.expected.max_input_tokens
+        if (self.max_batch_tokens or 2 * limit) >= 2 * limit:
+            return self.cut()
+        return self.company.sized((self.max_batch_tokens or 0) // 2)
+
+    def cut(self) -> list[str]:
+        """Two texts that are longer than the longest input."""
+        return batches.twins(words(self.expected.max_input_tokens + 64))
 
 
-class Skipped(Exception):
-    """A check has nothing to look at."""
+def health(it: Service) -> str:
+    """/health answers 200; else there is nothing to check."""
+    try:
+        return str(it.endpoint.request("/health").expect(200).status)
+    except Failed as failure:
+        raise Stopped(str(failure)) from None
 
 
-@dataclass(frozen=True, slots=True)
-class Expected:
-    """What the endpoint must be; as in expected.json."""
-
-    model: str
-    dimensions: int | None
-    max_input_tokens: int
-    max_client_batch_size: int
-    dtype: str
-    pooling: str
-    api_key: bool
-    request_seconds: int
-
-    @classmethod
-    def read(cls, path: Path) -> Expected:
-        """Raises OSError, ValueError or TypeError when the file is not what it must be."""
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """An HTTP response."""
-
-    status: int
-    body: bytes
-
-    def json(self) -> Any:
-        """The body parsed; raises Failed when it is no JSON."""
-        try:
-            return json.loads(self.body)
-        except ValueError:
-            raise Failed(f"the body is no JSON: {self.body[:80]!r}") from None
-
-
-class Endpoint:
-    """The service under test."""
-
-    def __init__(self, url: str, key: str | None, timeout: float) -> None:
-        self.url, self.key, self.timeout = url.rstrip("/"), key, timeout
-        self._client = openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key=key or "none", timeout=timeout, max_retries=0
-        )
-
-    def request(self, path: str, body: object = None, key: str | None = None) -> Answer:
-        """One request; `key`: another than the right one."""
-        headers = {"Content-Type": "application/json"}
-        if key or self.key:
-            headers["Authorization"] = f"Bearer {key or self.key}"
-        request = urllib.request.Request(  # noqa: S310 (main takes http and https alone)
-            self.url + path,
-            data=None if body is None else json.dumps(body).encode(),
-            headers=headers,
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:  # noqa: S310
-                return Answer(response.status, response.read())
-        except urllib.error.HTTPError as error:
-            return Answer(error.code, error.read())
-        except (OSError, ValueError) as error:
-            raise Failed(f"{self.url}{path}: {getattr(error, 'reason', error)}") from None
-
-    def embed(self, texts: Sequence[str], model: str, encoding: str = "float") -> Any:
-        """Embeddings through OpenAI's own client."""
-        try:
-            return self._client.embeddings.create(
-                input=list(texts),
-                model=model,
-                encoding_format=encoding,  # type: ignore[arg-type]
-            )
-        except openai.APIStatusError as error:
-            raise Failed(f"/v1/embeddings answers {error.status_code}: {error.message}") from None
-        except openai.OpenAIError as error:
-            raise Failed(f"/v1/embeddings: {error}") from None
-
-
-Check = Callable[[Endpoint, Expected], str]
-
-
-def health(endpoint: Endpoint, expected: Expected) -> str:
-    """/health answers 200."""
-    answer = endpoint.request("/health")
-    _equal("status", answer.status, 200)
-    return "200"
-
-
-def info(endpoint: Endpoint, expected: Expected) -> str:
+def info(it: Service) -> str:
     """/info is of the pinned model, with the flags of this repository."""
-    answer = endpoint.request("/info")
-    _equal("status of /info", answer.status, 200)
-    said = answer.json()
+    said, expected = it.endpoint.request("/info").expect(200).mapping(), it.expected
     model_type = said.get("model_type")
     embedding = model_type.get("embedding") if isinstance(model_type, dict) else None
     if not isinstance(embedding, dict):
         raise Failed(f"it serves no embedding model: model_type is {model_type}")
-    _equal("served_model_name", said.get("served_model_name"), expected.model)
-    _equal("max_input_length", said.get("max_input_length"), expected.max_input_tokens)
-    _equal(
-        "max_client_batch_size", said.get("max_client_batch_size"), expected.max_client_batch_size
-    )
-    _equal("model_dtype", said.get("model_dtype"), expected.dtype)
     pooling = str(embedding.get("pooling")).replace("_", "-")
-    _equal("pooling", pooling, expected.pooling)
-    return f"{expected.model}, {expected.dtype}, {pooling} pooling, TEI {said.get('version')}"
+    version = re.search(r"/(\d+)/?$", str(said.get("model_id")))
+    for name, found, wanted in (
+        ("served_model_name", said.get("served_model_name"), expected.model),
+        ("max_input_length", said.get("max_input_length"), expected.max_input_tokens),
+        (
+            "max_client_batch_size",
+            said.get("max_client_batch_size"),
+            expected.max_client_batch_size,
+        ),
+        ("model_dtype", said.get("model_dtype"), expected.dtype),
+        ("pooling", pooling, expected.pooling),
+        ("version", version[1] if version else expected.version, expected.version),
+    ):
+        _equal(name, found, wanted)
+    tokens = said.get("max_batch_tokens")
+    it.max_batch_tokens = tokens if type(tokens) is int and tokens > 0 else None
+    _, _, edits = str(said.get("docker_label")).partition("edits=")
+    edited = f"with edits: {edits.replace(',', ', ')}" if edits else "without edits"
+    which = f"{expected.model}{f' version {version[1]}' if version else ''}"
+    return f"{which}, {expected.dtype}, {pooling} pooling; TEI {said.get('version')} {edited}"
 
 
-def embedding(endpoint: Endpoint, expected: Expected) -> str:
+def embedding(it: Service) -> str:
     """One text gives one vector of the model's dimensions and of length 1."""
-    answer = endpoint.embed(TEXTS[:1], expected.model)
-    _equal("number of vectors", len(answer.data), 1)
-    _equal("model", answer.model, expected.model)
-    vector = _vector(answer.data[0].embedding)
-    if expected.dimensions is not None:
-        _equal("dimensions", len(vector), expected.dimensions)
+    answer = it.endpoint.embed(TEXTS[:1], "float")
+    _equal("model", answer.model, it.expected.model)
+    [vector] = answer.vectors
+    if it.expected.dimensions is not None:
+        _equal("dimensions", len(vector), it.expected.dimensions)
     length = math.hypot(*vector)
-    if abs(length - 1) > TOLERANCE:
+    if not abs(length - 1) <= TOLERANCE:
         raise Failed(f"the vector has length {length:.4f} instead of 1")
     return f"{len(vector)} dimensions, length {length:.4f}"
 
 
-def encodings(endpoint: Endpoint, expected: Expected) -> str:
-    """base64 says the same as float."""
-    numbers = _vector(endpoint.embed(TEXTS[:1], expected.model).data[0].embedding)
-    text = endpoint.embed(TEXTS[:1], expected.model, "base64").data[0].embedding
-    if not isinstance(text, str):
-        raise Failed("base64 was asked for, and numbers came")
-    try:
-        raw = base64.b64decode(text, validate=True)
-        decoded = struct.unpack(f"<{len(raw) // 4}f", raw)
-    except (ValueError, struct.error):
-        raise Failed("what came is no base64 of 32-bit numbers") from None
+def encodings(it: Service) -> str:
+    """base64, which OpenAI's clients ask for, says the same as float."""
+    [numbers] = it.endpoint.embed(TEXTS[:1], "float").vectors
+    [decoded] = it.company.alone(TEXTS[0]).vectors
     _equal("numbers in base64", len(decoded), len(numbers))
     worst = max(abs(a - b) for a, b in zip(numbers, decoded, strict=True))
     if not worst <= TOLERANCE:
@@ -196,69 +130,98 @@ def encodings(endpoint: Endpoint, expected: Expected) -> str:
     return f"the same {len(decoded)} numbers"
 
 
-def order(endpoint: Endpoint, expected: Expected) -> str:
-    """The vectors of a batch come in the order of its texts."""
-    answer = endpoint.embed(TEXTS, expected.model)
-    _equal("number of vectors", len(answer.data), len(TEXTS))
-    _equal("indices", [item.index for item in answer.data], list(range(len(TEXTS))))
-    batch = [_vector(item.embedding) for item in answer.data]
-    for number, text in enumerate(TEXTS):
-        alone = _vector(endpoint.embed([text], expected.model).data[0].embedding)
-        nearest = max(range(len(batch)), key=lambda i: _dot(batch[i], alone))
-        if nearest != number:
-            raise Failed(f"text {number} came back as vector {nearest}")
-        if _dot(batch[number], alone) < 0.99:
-            raise Failed(f"text {number} has another vector alone than in a batch")
-    return f"{len(TEXTS)} texts, each its own vector"
+def order(it: Service) -> str:
+    """The vectors of a batch come in the order of its texts, each as it is alone."""
+    return f"{len(TEXTS)} texts, {it.company.together(TEXTS)}"
 
 
-def too_long(endpoint: Endpoint, expected: Expected) -> str:
+def equal(it: Service) -> str:
+    """Texts of equal length: nothing is padded there, and a server may forget its mask."""
+    texts = batches.equal(8)
+    said = it.company.together(texts)
+    return f"{len(texts)} texts of {it.company.tokens(texts)} tokens, {said}"
+
+
+def too_long(it: Service) -> str:
     """A too long input is cut to the longest that is served; with truncate=false it is refused."""
-    text = "word " * (expected.max_input_tokens + 64)
-    used = endpoint.embed([text], expected.model).usage.prompt_tokens
-    _equal("tokens taken of it", used, expected.max_input_tokens)
-    refused = endpoint.request("/embed", {"inputs": text, "truncate": False})
+    text = it.cut()[0]
+    _equal("tokens taken of it", it.company.alone(text).tokens, it.expected.max_input_tokens)
+    refused = it.endpoint.request("/embed", {"inputs": text, "truncate": False})
     _equal("status with truncate=false", refused.status, 422)
-    return f"cut at {used:,} tokens; 422 with truncate=false"
+    return f"cut at {it.expected.max_input_tokens:,} tokens; 422 with truncate=false"
 
 
-def too_many(endpoint: Endpoint, expected: Expected) -> str:
+def at_limit(it: Service) -> str:
+    """Texts that are cut, which all are of equal length, alone and together."""
+    texts = it.cut()
+    said = it.company.together([*texts, *texts])
+    return f"{2 * len(texts)} texts of {it.company.tokens(texts)} tokens, {said}"
+
+
+def at_half(it: Service) -> str:
+    """The same for the longest texts of which two fit into a batch."""
+    texts = it.long()
+    if texts == it.cut():
+        raise Skipped("two of the longest inputs fit into a batch")
+    said = it.company.together([*texts, *texts])
+    return f"{2 * len(texts)} texts of {it.company.tokens(texts)} tokens, {said}"
+
+
+def beside(it: Service) -> str:
+    """Short texts in a batch with a long one: padding must not be seen."""
+    long = it.long()[0]
+    said = it.company.together([TEXTS[0], long, *TEXTS[1:3]])
+    return f"3 texts beside one of {it.company.tokens([long])} tokens, {said}"
+
+
+def at_once(it: Service) -> str:
+    """Sixteen one-text requests at a time, while long texts are computed."""
+    long, other = it.long()
+    short = [*batches.equal(8), *TEXTS, *map(words, (2, 20, 40))]
+    return f"{len(short)} requests at a time, {it.company.at_once(short, [long, other, long])}"
+
+
+def too_many(it: Service) -> str:
     """A batch above --max-client-batch-size is refused with 422."""
-    batch = ["a"] * (expected.max_client_batch_size + 1)
-    answer = endpoint.request("/v1/embeddings", {"input": batch, "model": expected.model})
+    batch = ["a"] * (it.expected.max_client_batch_size + 1)
+    answer = it.endpoint.request("/v1/embeddings", {"input": batch, "model": it.expected.model})
     _equal(f"status for {len(batch)} texts", answer.status, 422)
     return f"422 for {len(batch)} texts"
 
 
-def key(endpoint: Endpoint, expected: Expected) -> str:
+def key(it: Service) -> str:
     """A wrong key is refused with 401, where one is asked for."""
-    body = {"input": "a", "model": expected.model}
-    answer = endpoint.request("/v1/embeddings", body, key="not-the-key")
-    if not expected.api_key:
+    body = {"input": "a", "model": it.expected.model}
+    answer = it.endpoint.request("/v1/embeddings", body, key="not-the-key")
+    if not it.expected.api_key:
         _equal("status with any key", answer.status, 200)
         raise Skipped("no key is asked for")
     _equal("status with a wrong key", answer.status, 401)
     return "401 for a wrong key"
 
 
-def metrics(endpoint: Endpoint, expected: Expected) -> str:
+def metrics(it: Service) -> str:
     """/metrics has what the dashboard and the alerts read."""
-    answer = endpoint.request("/metrics")
-    _equal("status of /metrics", answer.status, 200)
-    found = set(re.findall(r"^# TYPE (\w+)", answer.body.decode("utf-8", "replace"), re.MULTILINE))
+    text = it.endpoint.request("/metrics").expect(200).body.decode("utf-8", "replace")
+    found = set(re.findall(r"^# TYPE (\w+)", text, re.MULTILINE))
     missing = [name for name in METRICS if name not in found]
     if missing:
         raise Failed(f"there is no {', '.join(missing)}")
     return f"{len(METRICS)} names"
 
 
-CHECKS: tuple[tuple[str, Check], ...] = (
+CHECKS: tuple[tuple[str, Callable[[Service], str]], ...] = (
     ("health", health),
     ("model", info),
     ("embedding", embedding),
     ("base64", encodings),
     ("order", order),
+    ("equal", equal),
     ("too long", too_long),
+    ("at limit", at_limit),
+    ("at half", at_half),
+    ("beside", beside),
+    ("at once", at_once),
     ("too many", too_many),
     ("key", key),
     ("metrics", metrics),  # last: the others are the first use of what it looks for
@@ -270,80 +233,14 @@ def _equal(name: str, found: object, wanted: object) -> None:
         raise Failed(f"{name} is {found}, not {wanted}")
 
 
-def _vector(values: object) -> list[float]:
-    if not isinstance(values, list) or not values:
-        raise Failed("what came is no vector")
-    if any(not isinstance(v, (int, float)) or not math.isfinite(v) for v in values):
-        raise Failed("a number of the vector is missing: the model overflows in float16")
-    return values
-
-
-def _dot(a: Sequence[float], b: Sequence[float]) -> float:
-    return sum(x * y for x, y in zip(a, b, strict=True))
-
-
-def run(endpoint: Endpoint, expected: Expected) -> Iterator[tuple[str, str, str]]:
-    """(verdict, name, detail) of each check; after a failed `health` the others are not tried."""
-    down = False
-    for name, check in CHECKS:
-        if down:
-            yield "skip", name, "the endpoint does not answer"
-            continue
-        try:
-            yield "ok", name, check(endpoint, expected)
-        except Failed as failure:
-            down = name == "health"
-            yield "FAIL", name, " ".join(str(failure).split())[:300]
-        except Skipped as reason:
-            yield "skip", name, str(reason)
-
-
+@program
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    default_url = os.environ.get("SMOKE_URL", "http://127.0.0.1:8355")
-    parser.add_argument("--url", default=default_url, help=f"of the service [{default_url}]")
-    parser.add_argument(
-        "--expected",
-        type=Path,
-        default=Path(__file__).with_name("expected.json"),
-        help="what it must be [expected.json beside this program]",
-    )
-    parser.add_argument("--wait", type=float, default=0, help="seconds to wait for /health [0]")
-    given = parser.parse_args(arguments)
-    try:
-        expected = Expected.read(given.expected)
-    except (OSError, ValueError, TypeError) as error:
-        print(f"smoke: {given.expected} cannot be used: {error}", file=sys.stderr)
-        return 2
-    if expected.api_key and not os.environ.get("API_KEY"):
-        print("smoke: set API_KEY to the key of the service", file=sys.stderr)
-        return 2
-    if not given.url.startswith(("http://", "https://")):
-        print(f"smoke: {given.url} is no http:// or https:// URL", file=sys.stderr)
-        return 2
-    key_given = os.environ["API_KEY"] if expected.api_key else None
-    endpoint = Endpoint(given.url, key_given, expected.request_seconds)
-    _wait(endpoint, given.wait)
-    failed = 0
-    print(f"{endpoint.url} as {expected.model}")
-    for verdict, name, detail in run(endpoint, expected):
-        failed += verdict == "FAIL"
-        print(f"  {verdict:4}  {name:9}  {detail}", flush=True)
-    print(f"{failed} failed" if failed else "all is as it should be")
-    return 1 if failed else 0
-
-
-def _wait(endpoint: Endpoint, seconds: float) -> None:
-    """Until /health answers 200, or the time is over."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            if endpoint.request("/health").status == 200:
-                return
-        except Failed:
-            pass
-        time.sleep(min(2.0, max(0.0, end - time.monotonic())))
+    _, expected, endpoint = begin(parser, arguments)
+    least = batches.GPU if expected.gpu else batches.CPU
+    service = Service(endpoint, expected, Company(endpoint, expected.max_client_batch_size, least))
+    return run(endpoint, [(name, partial(check, service)) for name, check in CHECKS])
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ import json
 import math
 import random
 import struct
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -40,7 +41,12 @@ FAULTS = {
     "other status": "a too large batch is answered with 413, as before TEI 1.9",
     "any key": "any key will do",
     "error": "/v1/embeddings fails with 424",
+    "other version": "the link still names the version before",
     "other metrics": "a metric has another name",
+    "equal lengths": "the mask is lost in a batch where nothing is padded",
+    "equal long ones": "the same, where it shows in the longest texts alone",
+    "padding": "padding is not masked",
+    "at once": "texts of requests that come at the same time spoil each other",
 }
 
 
@@ -56,6 +62,13 @@ class Stub:
     pooling: str = "mean"
     key: str | None = None
     fault: str = ""
+    max_batch_tokens: int = 16384
+    spoilt_by: float = 0.01
+    """What a fault of batches adds to every second number."""
+
+    busy: int = 0
+    """Requests that are under way."""
+
     used: set[str] = field(default_factory=set)
     """Metrics that have been used: TEI shows no others."""
 
@@ -63,7 +76,7 @@ class Stub:
         pooling = "cls" if self.fault == "other pooling" else self.pooling.replace("-", "_")
         score = {"id2label": {"0": "a"}, "label2id": {"a": 0}}
         return {
-            "model_id": "/model/current",
+            "model_id": "/model/2" if self.fault == "other version" else "/model/current",
             "model_sha": None,
             "model_dtype": "float32" if self.fault == "other dtype" else self.dtype,
             "served_model_name": "other/model" if self.fault == "other model" else self.model,
@@ -72,7 +85,7 @@ class Stub:
             else {"embedding": {"pooling": pooling}},
             "max_concurrent_requests": 4096,
             "max_input_length": 512 if self.fault == "other context" else self.max_input_length,
-            "max_batch_tokens": 16384,
+            "max_batch_tokens": self.max_batch_tokens,
             "max_batch_requests": None,
             "max_client_batch_size": 32
             if self.fault == "other batch size"
@@ -90,11 +103,27 @@ class Stub:
         size = 384 if self.fault == "other dimensions" else self.dimensions
         values = [generator.gauss(0, 1) for _ in range(size)]
         length = 0.5 if self.fault == "not normalised" else 1.0
-        norm = math.hypot(*values) / length
-        # JSON and base64 carry the same 32-bit numbers.
-        return list(
-            struct.unpack(f"<{size}f", struct.pack(f"<{size}f", *(v / norm for v in values)))
-        )
+        return _unit(values, length)
+
+    def batch(self, texts: list[str]) -> list[list[float]]:
+        """Vectors of texts that are computed together."""
+        lengths = [min(self.tokens(text), self.max_input_length) for text in texts]
+        company = len(texts) > 1
+        equal = company and len(set(lengths)) == 1
+        spoilt = [
+            {
+                "equal lengths": equal,
+                "equal long ones": equal and length >= min(self.max_input_length, 4096),
+                "padding": company and length < max(lengths),
+                "at once": not company and self.busy > 1,
+            }.get(self.fault, False)
+            for length in lengths
+        ]
+        vectors = [self.vector(text) for text in texts]
+        return [
+            _unit([v + self.spoilt_by * (i % 2) for i, v in enumerate(vector)]) if bad else vector
+            for vector, bad in zip(vectors, spoilt, strict=True)
+        ]
 
     def tokens(self, text: str) -> int:
         """Words, and the two special tokens."""
@@ -110,8 +139,15 @@ class Stub:
         return "\n".join(lines)
 
 
-class _Handler(BaseHTTPRequestHandler):
+def _unit(values: list[float], length: float = 1.0) -> list[float]:
+    """Of this length, in the 32-bit numbers that JSON and base64 carry alike."""
+    norm, size = math.hypot(*values) / length, len(values)
+    return list(struct.unpack(f"<{size}f", struct.pack(f"<{size}f", *(v / norm for v in values))))
+
+
+class Handling(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # head and body in one packet: else each answer waits 40 ms for an ACK
     stub: Stub
 
     def log_message(self, format: str, *args: object) -> None:
@@ -138,9 +174,16 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self.stub.used.update({"te_request_count", "te_queue_size"})
         if self.path == "/v1/embeddings":
-            self.openai(body)
+            self.stub.busy += 1
+            try:
+                self.openai(body)
+            finally:
+                self.stub.busy -= 1
         elif self.path == "/embed":
             self.embed(body)
+        elif self.path == "/tokenize" and self.stub.fault != "no /tokenize":
+            token = {"id": 1, "text": "a", "special": False, "start": 0, "stop": 1}
+            self.answer(200, [[token] * self.stub.tokens(body["inputs"])])
         else:
             self.answer(404, b"")
 
@@ -192,7 +235,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.succeed()
         longest = 512 if stub.fault == "truncation elsewhere" else stub.max_input_length
         tokens = sum(min(stub.tokens(t), longest) for t in texts)
-        vectors: list[Any] = [stub.vector(t) for t in texts]
+        if stub.fault == "at once":
+            time.sleep(0.02)  # so that others are there
+        vectors: list[Any] = stub.batch(texts)
         if stub.fault == "shuffled":
             vectors.reverse()
         if body.get("encoding_format") == "base64" and stub.fault != "base64 ignored":
@@ -239,12 +284,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(raw)
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128  # sixteen clients come at once
+
+
 @contextmanager
-def serving(stub: Stub) -> Iterator[str]:
+def serve_with(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
     """The URL of a server on a free port of the loopback interface."""
-    handler = type("Handler", (_Handler,), {"stub": stub})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), handler)
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:
@@ -253,3 +301,8 @@ def serving(stub: Stub) -> Iterator[str]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def serving(stub: Stub) -> AbstractContextManager[str]:
+    """The URL of a server of this stub."""
+    return serve_with(type("Handler", (Handling,), {"stub": stub}))
