@@ -5,13 +5,14 @@ A journal is an append-only text file beside the file that it speaks of:
     {"path": "model.safetensors", "size": 1610612856, "chunk": 16777216, "boot": "5a0e…"}
     ~"\\"5f0c\\""      the store's validator (ETag), as JSON
     +0                chunk 0 is in the file
-    +2
+    +2 1b851995       the same, and the CRC-32 of what came in
     =2                the first two of these marks are on the disk, not in memory alone
     !53aa51…          the whole file was verified, and this is its SHA-256
 
 A line counts only with its line feed, so a torn write is a line that never was. A mark that no `=`
 covers is believed only while the same kernel runs (its boot id): its bytes survive a kill or an
-eviction in the page cache, but not a power cut.
+eviction in the page cache, but not a power cut. Where the file system is a program or another
+machine, only what was flushed is believed, and only with its CRC-32: read back, it must match.
 """
 
 from __future__ import annotations
@@ -19,9 +20,16 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from . import reading, volume
+
+LONGEST = 64 << 20  # bytes of a journal; 100 GB in chunks of 64 KiB need 30 MB
+SMALLEST = 1 << 14  # bytes of a chunk, as --chunk-size has it
+VALIDATOR = r"[ -~]{1,1024}"  # what can be sent as a header (RFC 9110, 8.8.3: and nothing else)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,49 +87,84 @@ class Progress:
     """What a journal says about a file.
 
     validator: what the store called this version of the file, None when it gave no name
-    done: indexes of the chunks that can be believed
+    done: indexes of the chunks that can be believed, with their CRC-32 where it was kept
     sha256: of the whole file, where an earlier run got as far as verifying it
     """
 
     chunk_size: int
     validator: str | None = None
-    done: frozenset[int] = frozenset()
+    done: Mapping[int, int | None] = field(default_factory=dict)
     sha256: str | None = None
 
 
-def read_journal(text: str, path: str, size: int, boot: str) -> Progress | None:
-    """What `text` says about the file `path` of `size` bytes; None when it is no use for it."""
-    *lines, _torn = text.split("\n")
+class Checksums:
+    """The CRC-32 of each chunk as it came in, before a file system had it."""
+
+    def __init__(self, plan: Plan, known: Mapping[int, int | None] | None = None) -> None:
+        self._plan = plan
+        self._sums: dict[int, int | None] = dict(known or {})
+        self._reached: dict[int, int] = {}
+
+    def add(self, data: memoryview, position: int) -> None:
+        """These bytes belong there. Those of one chunk come in order, and from one thread."""
+        while data:
+            chunk = self._plan[position // self._plan.chunk_size]
+            part = data[: chunk.end - position]
+            if position == chunk.start:
+                self._sums[chunk.index] = zlib.crc32(part)
+            elif self._reached.get(chunk.index) == position:
+                self._sums[chunk.index] = zlib.crc32(part, self._sums[chunk.index] or 0)
+            else:  # its beginning was never seen
+                self._sums[chunk.index] = None
+            position += len(part)
+            self._reached[chunk.index] = position
+            data = data[len(part) :]
+
+    def of(self, index: int) -> int | None:
+        """The sum of a chunk that is done; None when it is not known."""
+        return self._sums.get(index)
+
+
+def read_journal(data: bytes, path: str, size: int, boot: str | None) -> Progress | None:
+    """What `data` says about the file `path` of `size` bytes; None when it is no use for it.
+
+    boot: the running kernel's; None where no cache of a kernel can be believed
+    """
+    *lines, _torn = data.split(b"\n")
     if not lines:
         return None
     try:
-        header = json.loads(lines[0])
-        if (header["path"], header["size"]) != (path, size) or not header["chunk"] >= 1:
+        header = reading.mapping(reading.document(lines[0], "a journal"), "a journal")
+        if (header["path"], header["size"]) != (path, size):
             return None
-        plan = Plan(size, header["chunk"])
-        same_kernel = header["boot"] == boot
+        plan = Plan(size, reading.count(header["chunk"], "a chunk"))
         validator: str | None = None
         sha256: str | None = None
-        marks: list[int] = []
+        marks: list[tuple[int, int | None]] = []
         durable = 0
         for line in lines[1:]:
             kind, rest = line[:1], line[1:]
-            if kind == "~":
-                validator = json.loads(rest)
-            elif kind == "+":
-                marks.append(int(rest))
-            elif kind == "=":
-                durable = int(rest)
-            elif kind == "!":
-                sha256 = rest
+            if kind == b"~":
+                validator = reading.text(reading.document(rest), "a validator", VALIDATOR)
+            elif kind == b"+":
+                index, _, crc = rest.partition(b" ")
+                marks.append((_index(index, plan), int(crc, 16) if crc else None))
+            elif kind == b"=":
+                durable = reading.count(int(rest), "a mark")
+            elif kind == b"!":
+                sha256 = reading.text(rest.decode(), "a digest", "[0-9a-f]{64}")
             else:
                 return None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError):  # UnreadableError is one
         return None
-    believed = marks if same_kernel else marks[:durable]
-    if any(not 0 <= index < len(plan) for index in believed):
-        return None
-    return Progress(plan.chunk_size, validator, frozenset(believed), sha256)
+    if boot is not None and header.get("boot") == boot:
+        return Progress(plan.chunk_size, validator, dict(marks), sha256)
+    done = {i: crc for i, crc in marks[:durable] if boot is not None or crc is not None}
+    return Progress(plan.chunk_size, validator, done, sha256)
+
+
+def _index(text: bytes, plan: Plan) -> int:
+    return reading.count(int(text), "a chunk's number", len(plan) - 1)
 
 
 class Journal:
@@ -137,23 +180,23 @@ class Journal:
             lines.append("~" + json.dumps(progress.validator))
         if progress.sha256 is not None:
             lines.append("!" + progress.sha256)
-        lines += [f"+{index}" for index in sorted(progress.done)]
+        lines += [_mark(index, crc) for index, crc in sorted(progress.done.items())]
         self._marks = len(progress.done)
         where.parent.mkdir(parents=True, exist_ok=True)
         fresh = where.with_name(where.name + ".new")
-        fresh.write_text("".join(line + "\n" for line in lines))
+        volume.write_new(fresh, "".join(line + "\n" for line in lines).encode())
         os.replace(fresh, where)
-        self._fd = os.open(where, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        self._fd = volume.open_regular(where, os.O_WRONLY | os.O_APPEND)
 
     def validator(self, validator: str) -> None:
         """Records the name that the store gives this version of the file."""
         with self._lock:
             self._append("~" + json.dumps(validator))
 
-    def done(self, index: int) -> None:
+    def done(self, index: int, crc: int | None = None) -> None:
         """Records that a chunk is in the file."""
         with self._lock:
-            self._append(f"+{index}")
+            self._append(_mark(index, crc))
             self._marks += 1
 
     def verified(self, sha256: str) -> None:
@@ -180,3 +223,7 @@ class Journal:
     def _append(self, line: str) -> None:
         if self._fd >= 0:
             os.write(self._fd, (line + "\n").encode())
+
+
+def _mark(index: int, crc: int | None) -> str:
+    return f"+{index}" if crc is None else f"+{index} {crc:08x}"

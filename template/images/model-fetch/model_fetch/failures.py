@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+from pathlib import Path
 
 from .errors import (
     ConfigurationError,
@@ -67,15 +69,28 @@ def exit_code(error: BaseException) -> int:
     return next((code for kind, code in EXIT_CODES if isinstance(error, kind)), INTERNAL)
 
 
-def from_os_error(error: OSError) -> TemplateError:
-    """Says what a failed file operation means to the user."""
-    where = error.filename or "the target"
+# What a mount answers whose program or server is not there any more.
+DEAD = frozenset({errno.ENOTCONN, errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EHOSTDOWN})
+
+
+def from_os_error(error: OSError, path: Path | None = None) -> TemplateError:
+    """Says what a failed file operation means to the user.
+
+    path: what it was about, where the error itself does not say
+    """
+    where = error.filename or path or "the target"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return NoSpaceError(
             f"no space left at {where}: make the volume larger or prune old versions"
         )
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return ConfigurationError(
-            f"{where} cannot be written ({error.strerror}): mount it read-write for uid 10001"
+            f"{where} cannot be written ({error.strerror}): mount it read-write for uid "
+            f"{os.geteuid()}"
+        )
+    if error.errno in DEAD:
+        return UnreachableError(
+            f"{where} does not answer ({error.strerror}): look after the volume; where a program is "
+            "behind its mount, restart that, then this pod"
         )
     return ConfigurationError(f"{where}: {error.strerror or type(error).__name__}")

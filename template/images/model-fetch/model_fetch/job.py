@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections import deque
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from . import chunks, volume
 from .cache import Staging
-from .chunks import Chunk, Journal, Plan, Progress, boot_id, read_journal
+from .chunks import Checksums, Chunk, Journal, Plan, Progress, boot_id, read_journal
 from .embedding_model import PinnedFile
 from .follow import Follower
 from .receive import Sink
@@ -34,6 +36,7 @@ class Job:
     def __init__(self, file: PinnedFile, staging: Staging, chunk_size: int) -> None:
         self.file = file
         self.target = staging.target(file.path)
+        self._staging = staging
         self._where = staging.journal(file.path)
         self._chunk_size = chunk_size
         self.attempts = 0
@@ -46,6 +49,7 @@ class Job:
         self.sink: Sink
         self.probing = self.ranges = False
         self._retired: list[Journal | int] = []
+        self._flushing = threading.Lock()
         self._begin(self._known() or Progress(chunk_size), whole=False)
 
     @property
@@ -56,24 +60,55 @@ class Job:
     def open(self) -> None:
         """Opens the file and its journal."""
         self.target.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(self.target, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        self.sink = Sink(fd)
+        if not self.done:
+            volume.remove(self.target)  # so that the file is new, and nobody else's
+        fd = volume.open_regular(self.target, os.O_RDWR | os.O_CREAT)
+        if not volume.is_own(os.fstat(fd), self._staging.owner):
+            os.close(fd)
+            raise FileExistsError(17, "is another user's, or has a second name", str(self.target))
         os.ftruncate(fd, self.file.size)
-        done = frozenset(self.done)
+        done = {index: self.done[index] for index in sorted(self.done)}
+        self.sink = Sink(fd, None if self._staging.local else Checksums(self.plan, done))
         progress = Progress(self.plan.chunk_size, self.validator, done, self.verified_before)
         self.journal = Journal(self._where, self.file.path, self.file.size, progress)
+        self.sealed = False
+
+    def arrived(self, index: int) -> None:
+        """A chunk is in the file. Needs the journal."""
+        assert self.journal is not None
+        crc = self.sink.sums.of(index) if self.sink.sums else None
+        self.journal.done(index, crc)
+        self.done[index] = crc
+
+    def checkpoint(self) -> None:
+        """Flushes what has arrived, so that a pod on another machine can go on with it."""
+        with self._flushing:
+            if self.journal is not None and not self.finished and not self.sealed:
+                self.journal.checkpoint(self.sink.fd)
+
+    def seal(self, generation: int) -> None:
+        """Flushes and closes the file, which has all its chunks: only then is it read back.
+
+        An open file's contents may be what its writer has, not what the store has.
+        """
+        with self._flushing:
+            if self.journal is not None and generation == self.generation:
+                self.journal.checkpoint(self.sink.fd)
+                self.sealed = True
+                os.close(self.sink.fd)
 
     def restart(self, whole: bool = False) -> None:
         """Throws away what has come so far. whole: fetch it as one stream, without ranges."""
-        self._retire()
-        self.delete()
-        self._begin(Progress(self._chunk_size), whole)
+        with self._flushing:
+            self._retire()
+            self.delete()
+            self._begin(Progress(self._chunk_size), whole)
         self.open()
 
     def delete(self) -> None:
         """Removes the file and its journal from the staging folder."""
-        self._where.unlink(missing_ok=True)
-        self.target.unlink(missing_ok=True)
+        volume.remove(self._where)
+        volume.remove(self.target)
 
     def take(self) -> Work | None:
         """The next chunk to fetch, if there is one now."""
@@ -84,7 +119,8 @@ class Job:
             return None  # more connections would only take the processor away from the digest
         self.probing = True
         self.active += 1
-        return Work(self, self.pending.popleft(), self.generation, self.sink, self.follower)
+        self.pending -= 1
+        return Work(self, next(self._left), self.generation, self.sink, self.follower)
 
     def close(self) -> None:
         """Closes everything that was ever open; no worker may be left."""
@@ -98,29 +134,35 @@ class Job:
             self.follower.cancel()
             self.follower = None
         if self.journal is not None:
-            self._retired += [self.journal, self.sink.fd]
+            self._retired += [self.journal] if self.sealed else [self.journal, self.sink.fd]
             self.journal = None
 
     def _begin(self, progress: Progress, whole: bool) -> None:
         self.plan = Plan(self.file.size, progress.chunk_size)
         self.validator = progress.validator
         self.verified_before = progress.sha256
-        self.done = set(progress.done)
+        self.done = dict(progress.done)
         self.whole = whole
-        left = [chunk for chunk in self.plan if chunk.index not in self.done]
-        self.pending = deque([] if whole else left)
+        # Not a list: the size of a file that fits nowhere must cost nothing either.
+        left = (chunk for chunk in self.plan if chunk.index not in progress.done)
+        self._left: Iterator[Chunk] = left
+        self.pending = 0 if whole else len(self.plan) - len(self.done)
         self.generation += 1
-        self.probing = self.ranges = False
+        self.probing = self.ranges = self.sealed = False
 
     def _known(self) -> Progress | None:
         """What an earlier run left, if it can be believed."""
         try:
-            if self.target.is_symlink() or self.target.stat().st_size != self.file.size:
-                return None
-            text = self._where.read_text()
-        except (OSError, UnicodeDecodeError):
+            status = os.lstat(self.target)
+        except OSError:
             return None
-        progress = read_journal(text, self.file.path, self.file.size, boot_id())
+        if not volume.is_own(status, self._staging.owner) or status.st_size != self.file.size:
+            return None
+        data = volume.read_small(self._where, chunks.LONGEST)
+        boot = boot_id() if self._staging.local else None
+        progress = read_journal(data or b"", self.file.path, self.file.size, boot)
         if progress and progress.validator is None and self.file.sha256 is None:
             return None  # nothing would show that the store holds another version by now
+        if progress and progress.chunk_size < chunks.SMALLEST:
+            return None  # no run of this program fetches in so small pieces
         return progress

@@ -49,7 +49,8 @@ def prepare(folder: Path, pin: Pin) -> list[str]:
         raise UnsuitableModelError(problem)
     if conversion:
         return _convert(folder, conversion)
-    if any(path.name.endswith(".safetensors") for path in folder.iterdir()):
+    weights = (".safetensors", ".safetensors.index.json")
+    if any(path.name.endswith(weights) for path in folder.iterdir()):
         tensors.read_headers(folder)
     changed: dict[str, object] = {}
     for finding in findings:

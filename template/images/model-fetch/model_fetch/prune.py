@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from . import volume
 from .cache import MARKER, VersionFolder
 from .console import Console
+from .lock import claims
 
 
 def prune(folder: VersionFolder, keep: int, keep_hours: float, console: Console) -> None:
@@ -29,21 +30,22 @@ def prune(folder: VersionFolder, keep: int, keep_hours: float, console: Console)
                 console.info(f"pruned {path}: last started more than {keep_hours:g} hours ago")
         for path in folder.parent.glob(".*.staging-*"):
             lock = path.parent / f"{path.name.split('.staging-')[0]}.lock"
-            if path.stat().st_mtime < cutoff and lock != folder.lock and _lock(lock):
-                shutil.rmtree(path, ignore_errors=True)
+            if os.lstat(path).st_mtime < cutoff and lock != folder.lock and _lock(lock):
+                volume.remove(path)
     except OSError as error:
         console.warning(f"old versions could not be pruned ({error.strerror})")
 
 
 def _versions(folder: VersionFolder) -> Iterator[Path]:
     for path in folder.parent.iterdir():
-        if path.name.isdigit() and path != folder.path and (path / MARKER).is_file():
+        other = path.name.isdigit() and path != folder.path
+        if other and volume.is_folder(path) and (path / MARKER).is_file():
             yield path
 
 
 def _last_start(path: Path) -> float:
     try:
-        return (path / MARKER).stat().st_mtime
+        return os.lstat(path / MARKER).st_mtime
     except OSError:
         return time.time()
 
@@ -68,19 +70,19 @@ def _remove(path: Path, cutoff: float) -> bool:
     if _last_start(away) >= cutoff:  # a pod started with it in this very moment
         away.rename(path)
         return False
-    shutil.rmtree(away, ignore_errors=True)
+    volume.remove(away)
     return True
 
 
 def _lock(path: Path) -> bool:
     """Whether nobody holds the lock of a version now."""
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o664)
+        fd = volume.open_regular(path, os.O_RDWR | os.O_CREAT, 0o664)
     except OSError:
         return False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.fstat(fd).st_size == 0
+        return os.fstat(fd).st_size == 0 and not claims(path)
     except OSError:
         return False
     finally:

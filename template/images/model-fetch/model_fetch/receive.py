@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from .chunks import Checksums
 from .transport import describe
 
 PIECE = 1 << 20  # bytes that are moved at a time: the most that a pipe may hold (pipe(7))
@@ -34,12 +35,17 @@ class Sink:
 
     fd: int
 
+    sums: Checksums | None = None
+    """Kept where what is read later may not be what was written."""
+
     writing: threading.Lock = field(default_factory=threading.Lock)
     """The kernel lets one thread at a time write to a file, and the others burn their time spinning
     for it (inode rwsem); here they sleep."""
 
     def write(self, data: memoryview, position: int) -> None:
         """Puts all of `data` there."""
+        if self.sums is not None:
+            self.sums.add(data, position)
         written = 0
         with self.writing:
             while written < len(data):
@@ -76,7 +82,7 @@ class Receiver:
         Raises: ReadFailed, OSError when the file cannot be written.
         """
         position = start
-        if not response.length:
+        if not response.length or sink.sums is not None:
             sock = None  # without a length the body's end must be found; an empty one has none
         # What came with the headers is in this process already.
         try:

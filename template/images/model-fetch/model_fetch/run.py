@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
+import stat
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from . import cache, lock, sources
+from . import cache, lock, mounted, sources, volume
 from . import pin as pins
 from .cache import KnownFile, Marker, Staging, VersionFolder
 from .console import MB, Console, Meter
@@ -15,6 +15,7 @@ from .failures import (
     ConfigurationError,
     NoSpaceError,
     NotFoundError,
+    TemplateError,
     UnreachableError,
     VerificationError,
 )
@@ -26,8 +27,9 @@ from .settings import Settings
 from .sources import ClientStore, HttpSource, Mounted, Source
 from .stop import Stop
 from .transfer import Transfer
-from .verify import digest_file, sha256_of, structure_problem
+from .verify import digest_file, structure_problem
 
+TAKEOVERS = 20  # of one run's lock by others, until something else must be wrong
 SPARE = 16 << 20  # bytes to leave free on the volume, for journals and the file system's own
 
 
@@ -85,13 +87,17 @@ def make_ready(pin: Pin, settings: Settings, console: Console, stop: Stop) -> Ou
     pin: with a version
     Raises: TemplateErrors, OSError, and what `stop` is set with.
     """
-    folder = VersionFolder(settings.cache or settings.link.parent, pin)
-    while True:
+    folder = _folder(pin, settings)
+    for _ in range(TAKEOVERS):
         try:
             outcome = _obtain(folder, settings, console, Stop(stop))
             break
         except LockLost:
             console.warning("another process has taken over, after this one had stood still")
+    else:
+        raise UnreachableError(
+            f"{folder.parent} changes under this process again and again: look what else writes there"
+        )
     cache.link(settings.link, outcome.folder)
     if settings.keep is not None and outcome.folder == folder.path:
         prune(folder, settings.keep, settings.keep_hours, console)
@@ -101,17 +107,28 @@ def make_ready(pin: Pin, settings: Settings, console: Console, stop: Stop) -> Ou
 def check(pin: Pin, settings: Settings) -> str:
     """Reads every byte of a complete version again; returns a line that says it is right.
 
-    Raises: NotFoundError, VerificationError. Changes nothing.
+    Raises: NotFoundError, VerificationError, and what is wrong with a mounted store. Changes nothing.
     """
-    folder = VersionFolder(settings.cache or settings.link.parent, pin)
+    folder = _folder(pin, settings)
     marker = folder.marker()
-    if marker is None:
+    if marker is not None:
+        if problem := folder.damage(marker):
+            raise VerificationError(f"{folder.path}: {problem}: fetch it again")
+        digests = sum(file.sha256 is not None for file in marker.files)
+        return (
+            f"{folder.path} is as it was: {len(marker.files)} files, {digests} with their SHA-256"
+        )
+    source = sources.mounted(pin, settings)
+    if source is None:
         raise NotFoundError(f"{folder.path} is not there or is not complete: fetch it first")
-    problem = folder.damage(marker)
-    if problem:
-        raise VerificationError(f"{folder.path}: {problem}: fetch it again")
-    digests = sum(file.sha256 is not None for file in marker.files)
-    return f"{folder.path} is as it was: {len(marker.files)} files, {digests} with their SHA-256"
+    digests = sum(mounted.verify(source, file) is not None for file in pin.files)
+    return (
+        f"{source.root} is as pinned: {len(pin.files)} files, {digests} compared with their digest"
+    )
+
+
+def _folder(pin: Pin, settings: Settings) -> VersionFolder:
+    return VersionFolder(settings.cache or settings.link.parent, pin, settings.mount)
 
 
 def _obtain(folder: VersionFolder, settings: Settings, console: Console, stop: Stop) -> Outcome:
@@ -130,6 +147,7 @@ def _obtain(folder: VersionFolder, settings: Settings, console: Console, stop: S
     )
     if settings.cache is None and not isinstance(source, Mounted):
         raise ConfigurationError("--cache is missing: the model must be fetched to some place")
+    folder.make_parent()
     meter = Meter(console, size, settings.interval)
     with lock.held(
         folder.lock,
@@ -137,20 +155,25 @@ def _obtain(folder: VersionFolder, settings: Settings, console: Console, stop: S
         timeout=settings.lock_timeout,
         console=console,
         stop=stop,
-        done=lambda: folder.marker() is not None,
+        done=lambda: _is_whole(folder),
         progress=lambda: meter.present,
     ) as hold:
         if hold is None or _complete(folder, console):
             return Outcome(folder.path, "fetched by another process")
+        staging = folder.stage()
         try:
-            return _make(folder, source, settings, console, stop, meter)
+            return _make(folder, staging, hold, source, settings, console, stop, meter)
         except Exception:
-            _unless_lost(hold)
+            # Who takes the lock over moves the folder, whatever error that looks like here.
+            if hold.lost or not volume.is_folder(staging.path):
+                raise LockLost from None
             raise
 
 
 def _make(
     folder: VersionFolder,
+    staging: Staging,
+    hold: Hold,
     source: Source,
     settings: Settings,
     console: Console,
@@ -158,16 +181,15 @@ def _make(
     meter: Meter,
 ) -> Outcome:
     """Fills, prepares and publishes the folder. Needs the lock."""
-    staging = folder.stage()
-    digests = _fill(staging, source, folder.pin, settings, console, stop, meter)
+    digests = _fill(folder, staging, source, settings, console, stop, meter)
     seconds = meter.seconds
-    before = staging.present()
+    before = _exactly_pinned(staging, folder.pin, isinstance(source, Mounted), console)
     changes = tuple(prepare(staging.files, folder.pin))
     for change in changes:
         console.info(f"prepared for TEI: {change}")
     straight = _straight(source, folder.pin)
     if straight is not None and not changes:
-        shutil.rmtree(staging.path, ignore_errors=True)
+        volume.remove(staging.path)
         return Outcome(straight, "used in place")
     marker = Marker(
         folder.fingerprint,
@@ -175,11 +197,34 @@ def _make(
         _known_files(staging, before, digests),
         changes,
         folder.pin.to_mapping(),
+        read_back=not staging.local,
     )
     stop.check()
-    folder.publish(staging, marker, settings.sync)
+    if hold.lost:
+        raise LockLost
+    folder.publish(staging, marker, settings.sync or not staging.local)
     how = "linked to the mounted store" if isinstance(source, Mounted) else "fetched"
     return Outcome(folder.path, how, meter.received, seconds)
+
+
+def _exactly_pinned(
+    staging: Staging, pin: Pin, links: bool, console: Console
+) -> dict[str, os.stat_result]:
+    """What was fetched, by path: the pin's names, each a file of its own, and nothing beside them.
+
+    links: whether they are links into the mounted store instead
+    """
+    names = {file.path for file in pin.files}
+    for path, status in list(volume.entries(staging.files, names)):
+        right = stat.S_ISLNK(status.st_mode) if links else volume.is_own(status, staging.owner)
+        if path in names and right:
+            names.discard(path)
+        else:
+            console.warning(f"{path} came from elsewhere and is removed")
+            volume.remove(staging.target(path))
+    if names:
+        raise VerificationError(f"{min(names)} was taken away while it was fetched: start again")
+    return staging.present()
 
 
 def _complete(folder: VersionFolder, console: Console) -> bool:
@@ -188,37 +233,53 @@ def _complete(folder: VersionFolder, console: Console) -> bool:
     if marker is None:
         return False
     try:
-        os.utime(folder.path / cache.MARKER)
+        os.utime(folder.path / cache.MARKER, follow_symlinks=False)
     except OSError:
         pass  # a read-only volume
     problem = folder.problem(marker)
+    if problem is None and not marker.read_back and not volume.is_local(folder.path):
+        problem = _read_back(folder, marker, console)
     if problem:
         console.warning(f"{folder.path}: {problem}; fetching the version again")
     return problem is None
+
+
+def _is_whole(folder: VersionFolder) -> bool:
+    marker = folder.marker()
+    return marker is not None and folder.problem(marker) is None
+
+
+def _read_back(folder: VersionFolder, marker: Marker, console: Console) -> str | None:
+    """What is wrong with a version that was never read back: version 0.1.0 did not."""
+    console.info(f"{folder.path} was never read back from its volume: reading it, once")
+    problem = folder.damage(marker)
+    if problem is None:
+        try:
+            folder.renew(replace(marker, read_back=True))
+        except OSError:
+            pass  # a read-only volume: the next start reads it, too
+    return problem
 
 
 def _known_version(pin: Pin, settings: Settings) -> Pin | None:
     """The pin of a complete version whose number was asked for."""
     if not pin.selector.isdigit() or settings.cache is None:
         return None
+    marker = cache.read_marker(settings.cache / pin.registered_model / pin.selector / cache.MARKER)
     try:
-        path = settings.cache / pin.registered_model / pin.selector / cache.MARKER
-        marker = Marker.from_json(path.read_text())
-    except (OSError, UnicodeDecodeError):
+        known = Pin.from_mapping(marker.pin) if marker else None
+    except TemplateError:
         return None
-    return Pin.from_mapping(marker.pin) if marker else None
-
-
-def _unless_lost(hold: Hold) -> None:
-    """An error after the lock was lost is no error: the other process has moved the folder."""
-    if hold.lost:
-        raise LockLost from None
+    asked = (pin.model_id, pin.registered_model, pin.selector)
+    if known is None or (known.model_id, known.registered_model, known.version) != asked:
+        return None
+    return known
 
 
 def _fill(
+    folder: VersionFolder,
     staging: Staging,
     source: Source,
-    pin: Pin,
     settings: Settings,
     console: Console,
     stop: Stop,
@@ -226,27 +287,14 @@ def _fill(
 ) -> dict[str, str | None]:
     """Brings all pinned files into the staging folder; returns SHA-256 by path."""
     if isinstance(source, Mounted):
-        return _link_files(staging, source, pin)
+        return mounted.link_files(folder, staging, source, console, stop)
     if isinstance(source, ClientStore):
-        return _download_files(staging, source, pin, meter, stop)
+        return _download_files(staging, source, folder.pin, meter, stop)
     assert isinstance(source, HttpSource)
-    transfer = Transfer(source, pin.files, staging, settings, console, stop)
+    transfer = Transfer(source, folder.pin.files, staging, settings, console, stop)
     _check_space(staging.path, transfer.missing)
     with meter:
         return transfer.run(meter)
-
-
-def _link_files(staging: Staging, source: Mounted, pin: Pin) -> dict[str, str | None]:
-    for file in pin.files:
-        path = source.path(file)
-        problem = structure_problem(path)
-        if problem:
-            raise VerificationError(f"{path}: {problem}: register the model again")
-        target = staging.target(file.path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)
-        target.symlink_to(path)
-    return {}
 
 
 def _download_files(
@@ -259,12 +307,15 @@ def _download_files(
             stop.check()
             target = staging.target(file.path)
             target.parent.mkdir(parents=True, exist_ok=True)
+            volume.remove(target)
             source.download(file, target)
             size = target.stat().st_size
             digests = digest_file(target, file)
             problem = digests.mismatch() or structure_problem(target)
             if size != file.size:
                 problem = f"the store sends {size:,} bytes, the pin says {file.size:,}"
+            if not staging.local and staging.digest(file.path) != digests.sha256:
+                problem = "the volume does not hold what was written to it"
             if problem:
                 target.unlink()
                 raise VerificationError(f"{file.path}: {problem}: pin the model again")
@@ -281,7 +332,7 @@ def _known_files(
     for path, now in staging.present().items():
         was = before.get(path)
         same = was is not None and (was.st_ino, was.st_mtime_ns) == (now.st_ino, now.st_mtime_ns)
-        digest = digests.get(path) if same else sha256_of(staging.target(path))
+        digest = digests.get(path) if same else staging.digest(path)
         known.append(KnownFile(path, now.st_size, now.st_mtime_ns, digest))
     return tuple(known)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import threading
 import time
@@ -27,6 +28,7 @@ from .failures import (
     TemplateError,
     UnreachableError,
     VerificationError,
+    from_os_error,
 )
 from .pin import Pin
 from .settings import Settings
@@ -91,29 +93,54 @@ class Mounted(Source):
         self.name = f"mounted store {root}"
 
     def check(self) -> None:
-        if not self.root.is_dir():
-            raise NotOffered(f"there is no folder {self.root}")
+        try:
+            os.stat(self.root)
+        except FileNotFoundError:
+            raise NotOffered(f"there is no folder {self.root}") from None
+        except OSError as error:
+            raise _unreadable(self.root, error) from None
         for file in self._pin.files:
             self.path(file)
 
     def path(self, file: PinnedFile) -> Path:
-        """Where a pinned file is.
+        """Where a pinned file is, which can be read.
 
         Raises: NotFoundError, VerificationError when its size is another, ConfigurationError when
-        a symbolic link leads out of the store.
+        a symbolic link leads out of the store, NotOffered when it cannot be read.
         """
         path = self.root / file.source
         try:
-            size = path.stat().st_size
-        except OSError:
+            real = path.resolve(strict=True)
+            if not real.is_relative_to(self._top.resolve()) or not real.is_file():
+                raise ConfigurationError(
+                    f"{path} is no file of the mounted store: it leads out of it"
+                )
+            fd = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            size = os.fstat(fd).st_size
+            os.close(fd)
+        except (FileNotFoundError, NotADirectoryError):
             raise NotFoundError(
                 f"{path} is gone from the mounted store: register the model again"
             ) from None
-        if not path.resolve().is_relative_to(self._top.resolve()) or not path.is_file():
-            raise ConfigurationError(f"{path} is no file of the mounted store: it leads out of it")
+        except RuntimeError:  # a link that leads to itself (Python before 3.13)
+            raise ConfigurationError(f"{path} is a link that leads nowhere") from None
+        except OSError as error:
+            raise _unreadable(path, error) from None
         if size != file.size:
             raise VerificationError(f"{path} has {size:,} bytes, the pin says {file.size:,}")
         return path
+
+
+def _unreadable(path: Path, error: OSError) -> NotOffered:
+    """What it means that a mounted store cannot be read, though it may be there."""
+    if isinstance(error, PermissionError):
+        reason = (
+            f"{path} cannot be read by uid {os.geteuid()}: mount the store with a umask or a map of "
+            "users that lets it, or make the files readable"
+        )
+        return NotOffered(reason, ConfigurationError(reason))
+    told = from_os_error(error, path)
+    return NotOffered(str(told), told)
 
 
 class Proxied(HttpSource):
@@ -391,6 +418,15 @@ def choose(pin: Pin, settings: Settings, console: Console) -> Source:
     Raises: ConfigurationError when none is, and what a source raises itself.
     """
     reasons: list[str] = []
+    try:
+        return _choose(pin, settings, console, reasons)
+    except ConfigurationError as error:
+        # The way that was meant may be a nearer one.
+        others = [reason for reason in reasons if reason not in str(error)]
+        raise ConfigurationError("; ".join([str(error), *others])) from None
+
+
+def _choose(pin: Pin, settings: Settings, console: Console, reasons: list[str]) -> Source:
     unlike: TemplateError | None = None
     for source in candidates(pin, settings):
         try:
@@ -412,7 +448,37 @@ def choose(pin: Pin, settings: Settings, console: Console) -> Source:
     if unlike is not None:
         raise unlike
     shown = place(pin.artifact_uri or "")
-    raise NotFoundError(f"no way to {shown}: {'; '.join(reasons) or 'nothing is mounted there'}")
+    raise ConfigurationError(
+        f"no way to {shown}: {'; '.join(reasons) or 'nothing is mounted there'}"
+    )
+
+
+def mounted(pin: Pin, settings: Settings) -> Mounted | None:
+    """The mounted store with the pinned files; None where nothing is mounted.
+
+    Raises: what is wrong with the files that are there.
+    """
+    failed: TemplateError | None = None
+    reason = None
+    try:
+        for source in candidates(pin, settings):
+            if not isinstance(source, Mounted):
+                break
+            try:
+                source.check()
+                return source
+            except NotOffered as error:
+                reason = reason or str(error)
+                failed = failed or error.error
+            except TemplateError as error:
+                failed = failed or error
+    except ConfigurationError:  # of a way that is not asked for
+        pass
+    if failed is not None:
+        raise failed
+    if reason is not None:
+        raise ConfigurationError(f"{reason}: mount the store there")
+    return None
 
 
 def _mounted(pin: Pin, mount: Path | None, scheme: str, folder: str) -> Iterator[Source]:

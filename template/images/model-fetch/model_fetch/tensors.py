@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import reading
 from .errors import UnsuitableModelError
+from .reading import UnreadableError
 
 if TYPE_CHECKING:
     import numpy
@@ -48,6 +50,11 @@ class StoredTensor:
     path: Path
     offset: int
     """Bytes from the start of the file to the first element."""
+
+    @property
+    def end(self) -> int:
+        """Byte of the file behind the last element."""
+        return self.offset + math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
     @property
     def rows(self) -> int:
@@ -86,41 +93,60 @@ class StoredTensor:
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file, by name.
 
-    Raises: UnsuitableModelError when the file is not safetensors, or not whole: the header must
-        describe exactly the bytes that follow it.
+    Raises: UnsuitableModelError for all that safetensors' own reader refuses (0.4.5, which TEI has:
+        tensor.rs, SafeTensors::read_metadata and Metadata::validate), in words about the file.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise _not_whole(path, size)
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            raise _not_whole(path, size) from None
-    if not isinstance(header, dict):
-        raise _not_whole(path, size)
-    header.pop("__metadata__", None)
-    tensors, end = {}, 0
+        text = file.read(length)
     try:
-        for name, entry in header.items():
-            dtype, shape = str(entry["dtype"]), tuple(int(length) for length in entry["shape"])
-            first, last = entry["data_offsets"]
-            if dtype in ITEM_BYTES and last - first != math.prod(shape) * ITEM_BYTES[dtype]:
-                raise UnsuitableModelError(
-                    f"The tensor {name} in {path.name} has {last - first} bytes, not those of"
-                    f" {dtype} {list(shape)}: the file is damaged; register the model again."
-                )
-            tensors[name] = StoredTensor(name, dtype, shape, path, 8 + length + first)
-            end = max(end, last)
-    except (KeyError, TypeError, ValueError):
-        raise _not_whole(path, size) from None
-    if 8 + length + end != size:
-        raise UnsuitableModelError(
-            f"{path.name} has {size} bytes, but its header describes {8 + length + end}:"
-            " the file is damaged or cut short; register the model again."
-        )
+        header = reading.mapping(reading.document(text, "it", MAX_HEADER_BYTES), "it")
+        metadata = header.pop("__metadata__", None)
+        if metadata is not None:
+            texts = reading.mapping(metadata, "its __metadata__").values()
+            if not all(isinstance(value, str) for value in texts):
+                raise UnreadableError("its __metadata__ is not of texts")
+        tensors = {name: _stored(name, entry, path, 8 + length) for name, entry in header.items()}
+        end = 8 + length
+        for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.end)):
+            if tensor.offset != end:
+                raise UnreadableError(f"has a gap or an overlap before the tensor {tensor.name}")
+            end = tensor.end
+    except UnreadableError as error:
+        raise _not_whole(path, size, str(error)) from None
+    if end != size:
+        raise _not_whole(path, size, f"its header describes {end:,} bytes")
     return tensors
+
+
+def _stored(name: str, entry: object, path: Path, data: int) -> StoredTensor:
+    """A header's entry, checked by itself. data: where the tensors' bytes begin."""
+    fields = reading.mapping(entry, f"the tensor {name}")
+    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise UnreadableError(f"the tensor {name} has no dtype that TEI knows")
+    lengths = tuple(
+        reading.count(n, f"the tensor {name}'s shape")
+        for n in reading.items(shape, f"the tensor {name}'s shape")
+    )
+    where = f"the tensor {name}'s data_offsets"
+    bounds = [reading.count(offset, where) for offset in reading.items(offsets, where)]
+    if len(bounds) != 2 or bounds[1] - bounds[0] != _bytes_of(dtype, lengths):
+        raise UnreadableError(f"{where} do not fit its shape")
+    return StoredTensor(name, dtype, lengths, path, data + bounds[0])
+
+
+def _bytes_of(dtype: str, shape: tuple[int, ...]) -> int | None:
+    """Bytes of a tensor; None when a product on the way leaves 64 bits, as in Rust."""
+    count = 1
+    for length in (*shape, ITEM_BYTES[dtype]):
+        count *= length
+        if count >= 1 << 64:
+            return None
+    return count
 
 
 def read_headers(folder: Path, stem: str = "model") -> dict[str, StoredTensor]:
@@ -144,9 +170,14 @@ def read_headers(folder: Path, stem: str = "model") -> dict[str, StoredTensor]:
             " safetensors weights."
         )
     try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UnsuitableModelError(f"{index.name} has no readable weight_map.") from None
+        weights = reading.mapping(reading.document(index.read_bytes()), "it")["weight_map"]
+        shards = {reading.text(name, "it") for name in reading.mapping(weights, "it").values()}
+    except (OSError, UnreadableError, KeyError):
+        shards = set()
+    if not shards:
+        raise UnsuitableModelError(
+            f"{index.name} has no readable weight_map: register the model again."
+        )
     tensors: dict[str, StoredTensor] = {}
     for shard in sorted(shards):
         if Path(shard).name != shard or not (folder / shard).is_file():
@@ -202,8 +233,8 @@ def write(
         raise
 
 
-def _not_whole(path: Path, size: int) -> UnsuitableModelError:
+def _not_whole(path: Path, size: int, why: str = "its header is missing") -> UnsuitableModelError:
     return UnsuitableModelError(
-        f"{path.name} ({size} bytes) is not a whole safetensors file: it was damaged or cut short"
-        " (a Git LFS pointer looks like this too); register the model again."
+        f"{path.name} ({size:,} bytes) is not a whole safetensors file ({why}): the file is damaged or"
+        " cut short, or a Git LFS pointer; register the model again."
     )

@@ -16,7 +16,7 @@ from .chunks import Chunk
 from .console import Console, Meter
 from .embedding_model import PinnedFile
 from .failures import VerificationError, from_os_error
-from .follow import Follower
+from .follow import Follower, ReadBack, Told
 from .job import Job, Work
 from .ramp import Ramp
 from .responses import NoRanges, Wrong
@@ -28,6 +28,8 @@ from .worker import Stale, Worker
 
 AT_ONCE = 4  # files that are fetched side by side
 CHECKPOINT_EVERY = 5.0  # seconds between two flushes to the disk
+STORE = "the store does not hold what was pinned; pin the model again or mend the store"
+VOLUME = "use another volume for the cache, or mend this one"
 
 
 class Transfer:
@@ -43,6 +45,7 @@ class Transfer:
         stop: Stop,
     ) -> None:
         self._settings, self._console, self._stop = settings, console, stop
+        self._sync = settings.sync or not staging.local
         largest_first = sorted(files, key=lambda file: -file.size)
         self._jobs = [Job(file, staging, settings.chunk_size) for file in largest_first]
         self._workers = [Worker(source, settings, stop, self) for _ in range(settings.connections)]
@@ -69,7 +72,7 @@ class Transfer:
         flush = threading.Thread(target=self._flush, name="flush", daemon=True)
         self._stop.call(self._abort)
         try:
-            if self._settings.sync:
+            if self._sync:
                 flush.start()
             with self._condition:
                 while not self._over():
@@ -95,7 +98,7 @@ class Transfer:
                 flush.join()
             for follower in self._followers:
                 follower.join()
-            if self._stop.is_set() and self._settings.sync:
+            if self._stop.is_set() and self._sync:
                 self._keep()
             for job in self._jobs:
                 job.close()
@@ -104,11 +107,10 @@ class Transfer:
     def _keep(self) -> None:
         """Flushes what has arrived, so that a pod on another machine can go on with it."""
         for job in self._jobs:
-            if job.journal is not None and not job.finished:
-                try:
-                    job.journal.checkpoint(job.sink.fd)
-                except OSError:
-                    return
+            try:
+                job.checkpoint()
+            except OSError:
+                return
 
     # What a worker tells (worker.Observer)
 
@@ -132,9 +134,7 @@ class Transfer:
     def done(self, work: Work, index: int) -> None:
         with self._condition:
             self._check(work)
-            assert work.job.journal is not None
-            work.job.journal.done(index)
-            work.job.done.add(index)
+            work.job.arrived(index)
         work.follower.arrived(index)
 
     def whole_again(self, work: Work) -> Work:
@@ -162,7 +162,7 @@ class Transfer:
             while not self._over():
                 unfinished = [job for job in self._jobs if not job.finished][:AT_ONCE]
                 # The file with the fewest chunks taken goes first, so digests run side by side.
-                for job in sorted(unfinished, key=lambda job: len(job.plan) - len(job.pending)):
+                for job in sorted(unfinished, key=lambda job: len(job.plan) - job.pending):
                     if job.journal is None:
                         job.open()
                         self._follow(job)
@@ -179,6 +179,8 @@ class Transfer:
                     self._fetch(worker, work)
                 except Stale:
                     pass
+                except OSError as error:
+                    raise from_os_error(error, work.job.target) from None
                 finally:
                     with self._condition:
                         work.job.active -= 1
@@ -198,7 +200,7 @@ class Transfer:
                 work = self.whole_again(work)
                 worker.fetch(work)
         except Wrong as reason:
-            self._wrong(work.job, str(reason))
+            self._wrong(work.job, str(reason), STORE)
 
     def _abort(self) -> None:
         for worker in self._workers:
@@ -220,21 +222,23 @@ class Transfer:
 
     def _follow(self, job: Job) -> None:
         digests = Digests(job.file, self._settings.digests == "always")
-        job.follower = Follower(
-            digests,
-            job.sink.fd,
-            job.plan,
-            job.done,
-            digested=self._caught_up,
-            finished=partial(self._verify, job, digests, job.generation),
-            failed=self._fail,
-        )
+        verify = partial(self._verify, job, digests, job.generation)
+        told = Told(self._caught_up, verify, self._fail)
+        sums = job.sink.sums
+        if sums is None:
+            job.follower = Follower(digests, job.sink.fd, job.plan, job.done, told)
+        else:
+            seal = partial(job.seal, job.generation)
+            job.follower = ReadBack(digests, job.target, job.plan, job.done, told, sums, seal)
         self._followers.append(job.follower)
         job.follower.start()
 
-    def _verify(self, job: Job, digests: Digests, generation: int) -> None:
-        """Called by a file's follower when all bytes have been digested."""
-        problem = digests.mismatch() or structure_problem(job.target)
+    def _verify(self, job: Job, digests: Digests, generation: int, lost: str | None) -> None:
+        """Called by a file's follower when all bytes have been digested.
+
+        lost: what the volume does not hold as it was written
+        """
+        problem = lost or digests.mismatch() or structure_problem(job.target)
         before = job.verified_before
         if not problem and before and digests.sha256 and before != digests.sha256:
             problem = "it was changed after an earlier run had verified it"
@@ -242,27 +246,26 @@ class Transfer:
         if not problem and journal is not None:
             if digests.sha256:
                 journal.verified(digests.sha256)
-            if self._settings.sync:
-                journal.checkpoint(job.sink.fd)
+            if self._sync:
+                job.checkpoint()
         with self._condition:
             if job.generation != generation:
                 return
             if problem:
-                self._wrong(job, problem)
+                self._wrong(job, problem, VOLUME if lost else STORE)
                 return
             job.sha256 = digests.sha256
             job.finished = True
             self._condition.notify_all()
 
-    def _wrong(self, job: Job, problem: str) -> None:
+    def _wrong(self, job: Job, problem: str, advice: str) -> None:
         """Begins a file anew because what came is not what was pinned, a bounded number of times."""
         with self._condition:
             job.attempts += 1
             if job.attempts >= self._settings.attempts:
                 job.delete()
                 raise VerificationError(
-                    f"{job.file.path}: {problem}, {job.attempts} times: the store does not hold "
-                    "what was pinned; pin the model again or mend the store"
+                    f"{job.file.path}: {problem}, {job.attempts} times: {advice}"
                 )
             self._console.warning(f"{job.file.path}: {problem}; fetching it again")
             self._begin_anew(job, whole=False)
@@ -278,8 +281,6 @@ class Transfer:
         try:
             while not self._ended.wait(CHECKPOINT_EVERY):
                 for job in self._jobs:
-                    journal = job.journal
-                    if journal is not None and not job.finished:
-                        journal.checkpoint(job.sink.fd)
+                    job.checkpoint()
         except OSError as error:
             self._fail(error)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import struct
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from . import tensors, volume
 from .embedding_model import PinnedFile
-
-PIECE = 1 << 20
-# safetensors refuses longer headers itself (100 MB, safetensors/src/tensor.rs MAX_HEADER_SIZE).
-MAX_HEADER = 100_000_000
+from .errors import UnsuitableModelError
 
 
 class Digests:
@@ -53,14 +50,6 @@ class Digests:
         return None
 
 
-def read_pieces(path: Path) -> Iterator[memoryview]:
-    """The bytes of a file, in order, in one buffer that is used again and again."""
-    buffer = memoryview(bytearray(PIECE))
-    with path.open("rb", buffering=0) as stream:
-        while count := stream.readinto(buffer):
-            yield buffer[:count]
-
-
 def digest_file(path: Path, file: PinnedFile) -> Digests:
     """The digests of a file that is on the disk."""
     digests = Digests(file)
@@ -69,10 +58,19 @@ def digest_file(path: Path, file: PinnedFile) -> Digests:
     return digests
 
 
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+def read_pieces(path: Path) -> Iterator[memoryview]:
+    """The bytes of a file, in order; also of one that a link leads to."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        yield from volume.pieces(fd)
+    finally:
+        os.close(fd)
+
+
+def sha256_of(pieces: Iterable[memoryview]) -> str:
+    """The SHA-256 of some bytes, in hexadecimal."""
     digest = hashlib.sha256()
-    for piece in read_pieces(path):
+    for piece in pieces:
         digest.update(piece)
     return digest.hexdigest()
 
@@ -81,26 +79,12 @@ def structure_problem(path: Path) -> str | None:
     """What is wrong with a safetensors file's own bookkeeping; None when it adds up.
 
     Catches a file that was cut or padded without any digest: eight bytes of header length, the
-    header and the end of the last tensor make up exactly the file. Other files have no such rule.
+    header and the tensors make up exactly the file. Other files have no such rule.
     """
     if path.suffix != ".safetensors":
         return None
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        prefix = stream.read(8)
-        if len(prefix) < 8:
-            return "too short for a safetensors file"
-        (length,) = struct.unpack("<Q", prefix)
-        if length > min(MAX_HEADER, size - 8):
-            return "its safetensors header is longer than the file"
-        try:
-            header = json.loads(stream.read(length))
-            ends = [
-                entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
-            ]
-            data = max(ends, default=0)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-            return "its safetensors header cannot be read"
-    if 8 + length + data != size:
-        return f"its safetensors header speaks of {8 + length + data} bytes, the file has {size}"
+    try:
+        tensors.read_header(path)
+    except UnsuitableModelError as error:
+        return f"its safetensors header is wrong: {error}"
     return None

@@ -158,7 +158,7 @@ def test_a_flipped_bit_without_any_digest_is_not_seen_but_a_truncated_file_is(
         (Fault(status=401), 4),
         (Fault(status=403), 4),
         (Fault(status=503), 5),
-        (Fault(status=404), 3),
+        (Fault(status=404), 2),
     ],
     ids=str,
 )

@@ -127,11 +127,10 @@ def test_a_holder_that_stood_still_and_wakes_up_does_no_harm(
         while store.sent < total // 4:
             time.sleep(0.01)
         holder.send_signal(signal.SIGSTOP)
-        path = first.cache / "acme-tiny" / ".3.lock"
         # Another machine's lock: a file of its own under the same name, which shares no flock.
-        record = path.read_bytes()
-        path.unlink()
-        path.write_bytes(record.replace(boot_id().encode(), b"elsewhere"))
+        (first.cache / "acme-tiny" / ".3.lock").unlink()
+        beat = first.cache / "acme-tiny" / ".3.claim-1" / "beat"
+        beat.write_bytes(beat.read_bytes().replace(boot_id().encode(), b"elsewhere"))
         store.rate = None
         assert_ready(second.run(mirrored, store.url, "--lease", "1"), second, mirrored)
         holder.send_signal(signal.SIGCONT)
@@ -171,11 +170,23 @@ def test_a_file_system_without_flock_has_the_sign_of_life_alone(
 
 
 def test_who_loses_the_lock_is_told(tmp_path: Path) -> None:
-    path, stop = tmp_path / "x.lock", Stop()
+    path, stop = tmp_path / ".3.lock", Stop()
     with hold(path, stop=stop) as held:
         assert held is not None
-        path.write_text(json.dumps({"token": "other", "boot": "elsewhere", "beat": 1, "bytes": 0}))
+        (tmp_path / ".3.claim-2").mkdir()
         with pytest.raises(LockLost):
             stop.sleep(10)
         assert held.lost
-    assert json.loads(path.read_text())["token"] == "other"
+    assert lock.claims(path)[-1].number == 2
+
+
+def test_a_number_that_was_given_out_anew_is_not_one_s_own(tmp_path: Path) -> None:
+    """This one stood still; another took over, ended, and a third one has the same number now."""
+    path, stop = tmp_path / ".3.lock", Stop()
+    with hold(path, stop=stop) as held:
+        assert held is not None
+        record = json.loads((tmp_path / ".3.claim-1/beat").read_text())
+        (tmp_path / ".3.claim-1/beat").write_text(json.dumps({**record, "token": "third"}))
+        with pytest.raises(LockLost):
+            stop.sleep(10)
+    assert json.loads((tmp_path / ".3.claim-1/beat").read_text())["token"] == "third"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 KIB = 1024
+PIECE = 64 << 20
 
 CONFIG = {
     "model_type": "bert",
@@ -36,8 +37,12 @@ def safetensors(data_bytes: int, seed: int = 1) -> bytes:
     entry = {"dtype": "F32", "shape": [data_bytes // 4], "data_offsets": [0, data_bytes]}
     header = json.dumps({"embeddings.word_embeddings.weight": entry}).encode()
     header = header.ljust(-(-len(header) // 8) * 8)
-    noise = random.Random(seed).randbytes(data_bytes)
-    return struct.pack("<Q", len(header)) + header + noise
+    generator, pieces = (
+        random.Random(seed),
+        range(0, data_bytes, PIECE),
+    )  # randbytes ends at 256 MiB
+    noise = (generator.randbytes(min(PIECE, data_bytes - at)) for at in pieces)
+    return b"".join((struct.pack("<Q", len(header)), header, *noise))
 
 
 def embedding_model(weights: int = 3000 * KIB, seed: int = 1) -> dict[str, bytes]:
