@@ -1,101 +1,52 @@
 """Whether TEI serves a model as it is, after small repairs, or not at all: one set of rules.
 
-The rules look at the parsed configuration files of a model folder and at nothing else, so the same
-ones run when a repository is rendered and when the init container has fetched the model. Each rule
-says where it is from. "TEI" with a file name is huggingface/text-embeddings-inference at
+The rules look at the parsed configuration files of a model folder, at the names of its tensors where
+somebody has read them, and at nothing else, so the same ones run when a repository is rendered and
+when the init container has fetched the model. What TEI computes rightly is a table (contract.py);
+here it is applied. "TEI" with a file name is huggingface/text-embeddings-inference at
 0d124dc9773be6ac5a9a57d8439aba9bbbf33273; "#" with a number is an issue or pull request there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from types import MappingProxyType
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
-from .embedding_model import SENTENCE_CONFIGS
-
-OK, FIXED, WARNED, REFUSED = "ok", "fixed", "warned", "refused"
-OUTCOMES = (OK, FIXED, WARNED, REFUSED)
-"""From best to worst: served as it is; after a repair that changes no weight; served, with something
-to know; not served."""
-
-Files = Mapping[str, object]
-"""Path in TEI's folder -> the parsed JSON, or None for a file that is there and is not JSON (weights) or
-was not read (tokenizer.json)."""
-
-
-class Hardware(Protocol):
-    """What the rules ask of an accelerator (accelerator.Accelerator has it)."""
-
-    @property
-    def title(self) -> str: ...
-    @property
-    def is_gpu(self) -> bool: ...
-    @property
-    def flash_attention(self) -> bool: ...
-    @property
-    def dtype(self) -> str: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What one rule says about one model."""
-
-    rule: str
-    outcome: str
-    """One of OUTCOMES."""
-
-    message: str
-    """One sentence for the user."""
-
-    source: str
-    changes: Mapping[str, object] = field(default_factory=dict)
-    """Of a repair: path -> the file's new content, or None when it is to be left out."""
-
-
-@dataclass(frozen=True, slots=True)
-class Architecture:
-    """How TEI's Candle backend supports one `model_type`."""
-
-    cpu: bool = True
-    gpu: bool = True
-    """On a GPU without flash attention."""
-
-    flash: bool = True
-    """On a GPU with flash attention; where that has no implementation of its own, it takes the other."""
-
-    dtypes: tuple[str, ...] = ("float16", "float32")
-
-
-_ENCODER, _FLASH_ONLY = Architecture(), Architecture(cpu=False, gpu=False)
-
-ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
-    {
-        "bert": _ENCODER,
-        "camembert": _ENCODER,
-        "roberta": _ENCODER,
-        "xlm-roberta": _ENCODER,
-        "deberta-v2": _ENCODER,
-        "distilbert": _ENCODER,
-        "mpnet": _ENCODER,
-        "modernbert": _ENCODER,
-        "nomic_bert": _ENCODER,
-        "gte": _ENCODER,
-        "new": _ENCODER,
-        "qwen3": _ENCODER,
-        "gemma3_text": Architecture(dtypes=("float32",)),
-        "bidirectional_pplx_qwen3": Architecture(dtypes=("float32",)),
-        "qwen2": _FLASH_ONLY,
-        "mistral": _FLASH_ONLY,
-        "llama": _FLASH_ONLY,
-        "llama_bidirec": _FLASH_ONLY,
-    }
+from . import contract, module_rules, tokenizer_rules
+from .contract import JINA_V2, JINA_V2_CODE
+from .embedding_model import Facts
+from .findings import (
+    FIXED,
+    OK,
+    OUTCOMES,
+    REFUSED,
+    WARNED,
+    Files,
+    Finding,
+    Hardware,
+    Model,
+    Result,
+    Rule,
+    Tensors,
 )
-"""By `model_type` (TEI backends/candle/src/lib.rs:126-154 and the dispatch below it)."""
+from .module_rules import POOLING_MODES
 
-JINA_V2_CODE = ("jinaai/jina-bert-implementation", "jinaai/jina-bert-v2-qk-post-norm")
-"""The names by which TEI tells Jina's BERT from BERT (TEI candle/src/lib.rs:83-121)."""
+__all__ = [
+    "FIXED",
+    "JINA_V2_CODE",
+    "OK",
+    "OUTCOMES",
+    "POOLING_MODES",
+    "REFUSED",
+    "WARNED",
+    "Finding",
+    "Hardware",
+    "Model",
+]
+
+ARCHITECTURES = contract.architectures()
+"""By `model_type` (TEI backends/candle/src/lib.rs:126-154 and the dispatch below it)."""
 
 JINA_V3_TASKS = (
     "retrieval.query",
@@ -106,85 +57,6 @@ JINA_V3_TASKS = (
 )
 """The adapters of jina-embeddings-v3."""
 
-POOLING_MODES = MappingProxyType(
-    {"cls": "cls_token", "mean": "mean_tokens", "lasttoken": "lasttoken"}
-)
-"""sentence-transformers' names of what TEI can do -> the ends of their keys in 1_Pooling/config.json."""
-
-_MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
-_ACTIVATIONS = ("torch.nn.modules.activation.Tanh", "torch.nn.modules.linear.Identity")
-_SENTENCE = "sentence_embedding"
-_POSITION_OFFSET = ("xlm-roberta", "camembert", "roberta")
-_ROPE_THETA = ("new", "gte", "qwen3", "qwen2", "mistral")
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """A model folder's configuration, as the rules look at it."""
-
-    files: Files
-    task: str | None = None
-    """The adapter that jina-embeddings-v3 is converted with; None when no conversion was asked for."""
-
-    pooling: str | None = None
-    """What TEI is told as --pooling; None when nobody tells it."""
-
-    def json(self, path: str) -> Mapping[str, Any]:
-        """A JSON object of the folder; empty when there is none."""
-        content = self.files.get(path)
-        return content if isinstance(content, dict) else {}
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self.json("config.json")
-
-    @property
-    def model_type(self) -> str:
-        return str(self.config.get("model_type"))
-
-    @property
-    def class_names(self) -> list[str]:
-        names = self.config.get("architectures")
-        return [str(name) for name in names] if isinstance(names, list) else []
-
-    @property
-    def is_jina_v3(self) -> bool:
-        """Published (no model_type), re-saved (xlm-roberta) or transformers' own, never converted."""
-        return (
-            self.model_type == "jina_embeddings_v3"
-            or "XLMRobertaLoRA" in self.class_names
-            or bool(self.config.get("lora_adaptations"))
-        )
-
-    @property
-    def positions(self) -> int | None:
-        """Tokens that the model can tell apart."""
-        keys = ("n_positions",) if self.model_type == "nomic_bert" else ()
-        for key in (*keys, "max_position_embeddings", "max_trained_positions"):
-            if (length := _count(self.config.get(key))) is not None:
-                pad = _count(self.config.get("pad_token_id")) or 0
-                return length - pad - 1 if self.model_type in _POSITION_OFFSET else length
-        return None
-
-
-_Result = tuple[str, str] | tuple[str, str, Mapping[str, object]]
-"""Outcome, message, and the changes of a repair."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """One thing that must hold for TEI to serve a model correctly."""
-
-    name: str
-    holds: str
-    """What is said when nothing is wrong."""
-
-    source: str
-    look: Callable[[Model, Hardware | None], Iterator[_Result]]
-    """Yields what is wrong, nothing when all is well."""
-
-    applies: Callable[[Model], bool] = lambda model: True
-
 
 def check(
     files: Files,
@@ -192,6 +64,9 @@ def check(
     *,
     task: str | None = None,
     pooling: str | None = None,
+    tensors: Tensors | None = None,
+    longest: int | None = None,
+    edited: bool = True,
 ) -> list[Finding]:
     """Every rule that applies to the model, in order, with what it says.
 
@@ -201,19 +76,65 @@ def check(
         task: the adapter of jina-embeddings-v3's conversion, when one is asked for.
         pooling: what TEI is told as --pooling; None when nobody tells it, so that it reads the
             folder.
+        tensors: of the weights; None where nobody has read their names.
+        longest: tokens that the service takes, where it takes fewer than the model.
+        edited: TEI has the edits of images/tei (the official image has none).
     """
-    model = Model(files, task, pooling)
+    model = Model(files, task, pooling, tensors, longest, edited)
     return _run(JINA_V3_RULES if model.is_jina_v3 else RULES, model, hardware)
 
 
-def check_hardware(model_type: str, hardware: Hardware) -> list[Finding]:
-    """The rules that need no more of a model than its `model_type`, for when its files are not at hand.
+def check_hardware(
+    model_type: str, hardware: Hardware, *, edited: bool = True, facts: Facts | None = None
+) -> list[Finding]:
+    """The rules that need no files of a model, for when they are not at hand.
 
-    Args: model_type: of config.json; nomic_bert for a converted jina-embeddings-v3.
+    Args:
+        model_type: of config.json; nomic_bert for a converted jina-embeddings-v3.
+        edited: TEI has the edits of images/tei.
+        facts: what is known of the model beside.
     """
-    config = {"model_type": model_type, "architectures": ["Model"]}
-    rules = [rule for rule in RULES if rule.look in (_architecture, _causal, _overflow)]
-    return _run(rules, Model({"config.json": config}), hardware)
+    config: dict[str, Any] = {"model_type": model_type, "architectures": ["Model"]}
+    if facts is not None and facts.attention == "both":
+        config["use_bidirectional_attention"] = True
+    if facts is not None and facts.activation and (row := ARCHITECTURES.get(model_type)):
+        config |= dict.fromkeys(_activations(row), facts.activation)
+    rules = [rule for rule in RULES if rule.look in (_hardware, _mask, _fused, _overflow)]
+    return _run(rules, Model({"config.json": config}, edited=edited), hardware)
+
+
+def served_tokens(facts: Facts, hardware: Hardware, *, edited: bool = True) -> int | None:
+    """Tokens of the longest input that is served rightly there; None: as many as the model takes.
+
+    EmbeddingGemma without our edit: within half its window the window cuts nothing. ALiBi without
+    flash attention: its table, which TEI builds at start, grows with the square of the length.
+    """
+    row = ARCHITECTURES.get(facts.architecture if not facts.alibi else JINA_V2)
+    if row is None or facts.max_input_tokens is None:
+        return None
+    path = _path(row, hardware)
+    limit = None
+    mask = row.mask
+    if mask and mask.limit == "window" and not edited and path in mask.paths and facts.window:
+        limit = facts.window // 2 + 1
+    if row.table and path != "flash":
+        limit = next(
+            (n for n in (8192, 4096, 2048, 1024) if table_bytes(facts, n) <= _LARGEST_TABLE), 512
+        )
+    return limit if limit is not None and limit < facts.max_input_tokens else None
+
+
+_LARGEST_TABLE = 5 << 29
+"""Bytes at start that a pod is given for ALiBi's table: 2.5 GiB, which is 4,096 tokens of 12 heads."""
+
+
+def table_bytes(facts: Facts, tokens: int) -> int:
+    """Peak while TEI starts of a model with ALiBi and no flash attention: 12 bytes per entry.
+
+    Run on the CPU program, 2026-11-25: 12 heads, 8192 positions 9,743 MiB, 4096 2,449, 2048 625;
+    a third of it stays.
+    """
+    return 12 * (facts.attention_heads or 16) * tokens**2
 
 
 def _run(rules: Iterable[Rule], model: Model, hardware: Hardware | None) -> list[Finding]:
@@ -254,11 +175,7 @@ def repaired(files: Files, findings: list[Finding]) -> dict[str, object]:
 # The rules. Each is a sentence, a source, and a function that yields what is wrong.
 
 
-def _count(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
-
-
-def _files(model: Model, hardware: Hardware | None) -> Iterator[_Result]:
+def _files(model: Model, hardware: Hardware | None) -> Iterator[Result]:
     if not model.config:
         yield REFUSED, "There is no readable config.json: register the model with its files."
     if "tokenizer.json" not in model.files:
@@ -269,9 +186,9 @@ def _files(model: Model, hardware: Hardware | None) -> Iterator[_Result]:
         )
 
 
-def _weights(model: Model, hardware: Hardware | None) -> Iterator[_Result]:
+def _weights(model: Model, hardware: Hardware | None) -> Iterator[Result]:
     names = set(model.files)
-    if model.config.get("quantization_config"):
+    if model.config.get("quantization_config") or model.config.get("quantization"):
         yield REFUSED, "The weights are quantized, which TEI does not read: register the original."
     if "model.safetensors" in names:
         return
@@ -287,6 +204,12 @@ def _weights(model: Model, hardware: Hardware | None) -> Iterator[_Result]:
             "The weights are a pickle (pytorch_model.bin), which loads slower and may carry code: "
             "save the model with safetensors.",
         )
+    elif names & {"adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"}:
+        yield (
+            REFUSED,
+            "These are the weights of an adapter alone: merge it into its base model (PEFT's "
+            "merge_and_unload) and register that.",
+        )
     else:
         yield (
             REFUSED,
@@ -295,7 +218,7 @@ def _weights(model: Model, hardware: Hardware | None) -> Iterator[_Result]:
         )
 
 
-def _safetensors(model: Model, hardware: Hardware | None) -> Iterator[_Result]:
+def _safetensors(model: Model, hardware: Hardware | None) -> Iterator[Result]:
     for outcome, message, *_ in _weights(model, hardware):
         if outcome == WARNED:
             yield (
@@ -307,7 +230,7 @@ def _safetensors(model: Model, hardware: Hardware | None) -> Iterator[_Result]:
             yield outcome, message
 
 
-def _config(model: Model, hardware: Hardware | None) -> Iterator[_Result]:
+def _config(model: Model, hardware: Hardware | None) -> Iterator[Result]:
     config = model.config
     if not model.class_names or not isinstance(config.get("model_type"), str):
         yield (
@@ -316,9 +239,6 @@ def _config(model: Model, hardware: Hardware | None) -> Iterator[_Result]:
             "with its original config.json.",
         )
         return
-    keys = ("max_position_embeddings", "max_trained_positions")
-    if all(_count(config.get(key)) is None for key in keys):
-        yield REFUSED, f"config.json has neither {keys[0]} nor {keys[1]}, which TEI requires."
     kinds: Mapping[str, type] = {"auto_map": str, "id2label": str, "label2id": int}
     kept = {
         key: {k: v for k, v in config[key].items() if isinstance(v, kind)}
@@ -333,266 +253,205 @@ def _config(model: Model, hardware: Hardware | None) -> Iterator[_Result]:
         )
 
 
-def _architecture(model: Model, hardware: Hardware | None) -> Iterator[_Result]:
-    architecture = ARCHITECTURES.get(model.model_type)
-    if architecture is None:
+def _architecture(model: Model, hardware: Hardware | None) -> Iterator[Result]:
+    if model.architecture is None:
         yield (
             REFUSED,
             f"TEI has no implementation of {model.model_type}: choose a model of another "
             "architecture, or another server.",
         )
         return
-    if any(name.endswith("Classification") for name in model.class_names):
+    # TEI passes over that one while there are no labels (router/src/lib.rs:412-421).
+    labels = isinstance(model.config.get("id2label"), dict)
+    ignored = "" if labels else "NewForTokenClassification"
+    scores = [n for n in model.class_names if n.endswith("Classification") and n != ignored]
+    if scores:
         yield (
             REFUSED,
-            f"{model.class_names[0]} is a classifier or reranker, which gives scores, not embeddings.",
+            f"{scores[0]} is a classifier or reranker, which gives scores, not embeddings.",
         )
-    if model.config.get("use_sliding_window"):
-        yield REFUSED, "The model uses a sliding window, which TEI does not implement for it."
-    if hardware is None:
+
+
+def _keys(model: Model, hardware: Hardware | None) -> Iterator[Result]:
+    config, row = model.config, model.architecture
+    if row is None:
         return
-    if not hardware.is_gpu:
-        supported, where = architecture.cpu, "on a CPU"
-    elif not hardware.flash_attention:
-        supported, where = architecture.gpu, "without flash attention"
+    lengths = ("max_position_embeddings", "max_trained_positions")
+    if all(config.get(key) is None for key in (*lengths, "n_positions")):
+        yield REFUSED, f"config.json has neither {lengths[0]} nor {lengths[1]}, which TEI requires."
+        return
+    judged = contract.judge(row, config)
+    for problem in judged.refused:
+        yield REFUSED, problem
+    if judged.refused:
+        return
+    if judged.written or judged.dropped:
+        named = sorted({*judged.written, *judged.dropped})
+        kept = {key: value for key, value in config.items() if key not in judged.dropped}
+        yield (
+            FIXED,
+            f"config.json: {', '.join(named)} written as TEI reads it, from what the file says elsewhere or "
+            f"the default of {model.model_type}.",
+            {"config.json": {**kept, **judged.written}},
+        )
+    if judged.unknown:
+        said = ", ".join(f"{key}: {value!r:.40}" for key, value in judged.unknown.items())
+        yield (
+            WARNED,
+            f"config.json says what nobody has compared with TEI ({said[:300]}): if it changes what the "
+            "model computes, TEI does not know it; compare vectors.",
+        )
+
+
+def _window(model: Model, hardware: Hardware | None) -> Iterator[Result]:
+    """EmbeddingGemma saved by transformers 4.57 to 5.22: each save halved the window (n // 2 + 1)."""
+    config = model.config
+    window = contract.count(config.get("sliding_window"))
+    if config.get("use_bidirectional_attention") is not True or window is None or window % 2 == 0:
+        return
+    if window == _GEMMA_HALVED:
+        yield (
+            FIXED,
+            f"config.json: sliding_window {window} is one that transformers halved while saving, and was "
+            f"written as {(window - 1) * 2} again.",
+            {"config.json": {**config, "sliding_window": (window - 1) * 2}},
+        )
     else:
-        supported, where = architecture.flash, "with flash attention"
-    if not supported:
-        yield REFUSED, f"TEI does not serve {model.model_type} {where} ({hardware.title})."
-    elif hardware.dtype not in architecture.dtypes:
         yield (
             REFUSED,
-            f"TEI serves {model.model_type} in {architecture.dtypes[0]} only, and {hardware.title} "
+            f"config.json says sliding_window: {window}, which transformers halved at least once while "
+            "saving: register the model with its original config.json.",
+        )
+
+
+_GEMMA_HALVED = 257
+"""Of EmbeddingGemma's 512; halved more often, or of another model, the original cannot be told."""
+
+
+def _path(row: contract.Architecture, hardware: Hardware) -> str:
+    return contract.path_of(
+        row, is_gpu=hardware.is_gpu, flash=hardware.flash_attention, dtype=hardware.dtype
+    )
+
+
+def _hardware(model: Model, hardware: Hardware | None) -> Iterator[Result]:
+    row = model.architecture
+    if row is None or hardware is None:
+        return
+    path = _path(row, hardware)
+    if path not in row.paths:
+        where = "on a CPU" if path == "cpu" else "without flash attention"
+        said = f"TEI does not serve {model.model_type} {where} ({hardware.title})."
+        yield REFUSED, row.refusals.get(path, said)
+    elif hardware.dtype not in row.dtypes:
+        yield (
+            REFUSED,
+            f"TEI serves {model.model_type} in {row.dtypes[0]} only, and {hardware.title} "
             f"runs in {hardware.dtype}.",
         )
 
 
-def _pooling_config(mode: str, dimensions: object) -> dict[str, object]:
-    """1_Pooling/config.json as sentence-transformers ≤ 5.3 wrote it, which is what TEI parses."""
-    modes = {f"pooling_mode_{end}": mode == m for m, end in POOLING_MODES.items()}
-    return {"word_embedding_dimension": dimensions, **modes}
-
-
-def _pooling(model: Model, hardware: Hardware | None) -> Iterator[_Result]:
-    path = "1_Pooling/config.json"
-    config = model.json(path)
-    if not config:
-        if model.pooling is None:
-            guess = "silently takes the first token" if "bert" in model.model_type else "stops"
-            yield (
-                REFUSED,
-                f"There is no {path}, without which TEI {guess}: register the model with its "
-                "sentence-transformers files, or say how it pools.",
-            )
+def _mask(model: Model, hardware: Hardware | None) -> Iterator[Result]:
+    row = model.architecture
+    if row is None or row.mask is None or hardware is None or model.edited:
         return
-    if "pooling_mode" in config:  # sentence-transformers ≥ 5.4
-        said = config["pooling_mode"]
-        modes = [str(mode) for mode in (said if isinstance(said, list) else [said])]
+    both = model.config.get("use_bidirectional_attention") is True
+    if _path(row, hardware) not in row.mask.paths or (row.mask.when == "causal" and both):
+        return
+    if row.mask.limit and both:
+        yield (
+            WARNED,
+            f"{row.mask.harm}: longer texts are cut at half its window, because this image of TEI is not "
+            "the one that is built here.",
+        )
     else:
-        prefix = "pooling_mode_"
-        modes = [
-            key.removeprefix(prefix)
-            for key, on in config.items()
-            if key.startswith(prefix) and on is True
-        ]
-        modes = [
-            next((m for m, end in POOLING_MODES.items() if end == mode), mode) for mode in modes
-        ]
-    if len(modes) != 1 or modes[0] not in POOLING_MODES:
         yield (
             REFUSED,
-            f"The model pools by {' and '.join(modes) or 'nothing'}, and TEI only by cls, mean or "
-            "lasttoken.",
-        )
-        return
-    told = (model.pooling or "").replace("-", "")
-    if told in POOLING_MODES and told != modes[0]:
-        yield (
-            WARNED,
-            f"The model's files say that it pools by {modes[0]}, but TEI is told {model.pooling}.",
-        )
-    required = ("pooling_mode_cls_token", "pooling_mode_mean_tokens")
-    if "pooling_mode" in config or any(config.get(key) is None for key in required):
-        dimension = config.get("word_embedding_dimension", config.get("embedding_dimension"))
-        yield (
-            FIXED,
-            f"{path}: the pooling ({modes[0]}) was written as TEI reads it.",
-            {path: _pooling_config(modes[0], dimension)},
-        )
-    if config.get("include_prompt") is False:
-        yield (
-            WARNED,
-            "The model pools without its prompt's tokens, and TEI with them: compare vectors before "
-            "use.",
+            f"{row.mask.harm}: build TEI with the edits of images/tei (tei_image=build, tei_edits=true), "
+            "or choose a GPU with flash attention.",
         )
 
 
-def _length(model: Model, hardware: Hardware | None) -> Iterator[_Result]:
-    path = next((name for name in SENTENCE_CONFIGS if name in model.files), None)
-    if path is None:
-        return
-    config = model.json(path)
-    length, positions = _count(config.get("max_seq_length")), model.positions
-    if length is None:
-        told = _count(model.json("tokenizer_config.json").get("model_max_length"))
-        lengths = [n for n in (told, positions) if n]
-        if lengths:
-            yield (
-                FIXED,
-                f"{path}: max_seq_length {min(lengths)} was added, without which TEI does not start.",
-                {path: {"max_seq_length": min(lengths), "do_lower_case": False}},
-            )
-        else:
-            yield (
-                FIXED,
-                f"{path} has no max_seq_length and was left out.",
-                {path: None},
-            )
-    elif positions is not None and length > positions:
-        yield (
-            FIXED,
-            f"{path}: max_seq_length {length} was lowered to the model's {positions} positions.",
-            {path: {**config, "max_seq_length": positions}},
-        )
+def _activations(row: contract.Architecture) -> list[str]:
+    return [key for key, said in row.keys.items() if said.get("type") == "activation"]
 
 
-def _modules(model: Model, hardware: Hardware | None) -> Iterator[_Result]:
-    modules = model.files.get("modules.json")
-    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
-        if modules is not None:
-            yield (
-                FIXED,
-                "modules.json is no list of modules and was left out.",
-                {"modules.json": None},
-            )
+def _fused(model: Model, hardware: Hardware | None) -> Iterator[Result]:
+    """A GPU computes product and activation in one call, which knows two functions."""
+    row = model.architecture
+    if row is None or hardware is None or not hardware.is_gpu or not row.fused_activation:
         return
-    names = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
-    if unknown := [name for name in names if name not in _MODULES]:
-        yield (
-            REFUSED,
-            f"modules.json lists {unknown[0]}, which TEI would leave out without a word: its vectors "
-            "would not be the model's.",
-        )
-        return
-    known = [
-        {**m, "type": f"sentence_transformers.models.{n}"}
-        for m, n in zip(modules, names, strict=True)
-    ]
-    if known != modules:
-        yield (
-            FIXED,
-            "modules.json: the modules' types were written as TEI reads them.",
-            {"modules.json": known},
-        )
-    for module, name in zip(modules, names, strict=True):
-        if name != "Dense":
-            continue
-        path = str(module.get("path", ""))
-        config = model.json(f"{path}/config.json")
-        weights = {f"{path}/model.safetensors", f"{path}/pytorch_model.bin"}
-        if not config or not weights & set(model.files):
-            yield REFUSED, f"The Dense module {path} lacks its config.json or its weights."
-        elif (place := config.get("module_input_name", _SENTENCE)) != _SENTENCE:
-            yield REFUSED, f"The Dense module {path} works on {place}, and TEI's on {_SENTENCE}."
-        elif config.get("activation_function", _ACTIVATIONS[1]) not in _ACTIVATIONS:
+    fused = contract.table()["activations"]["fused"]
+    for key in _activations(row):
+        value = model.config.get(key)
+        if value is not None and value not in fused:
             yield (
                 REFUSED,
-                f"The Dense module {path} ends with {config['activation_function']}, which TEI takes "
-                "for no function at all.",
+                f"On a GPU TEI leaves out the activation {str(value)[:40]} of {model.model_type}: serve it "
+                "on a CPU.",
             )
 
 
-def _prompts(model: Model, hardware: Hardware | None) -> Iterator[_Result]:
-    path = "config_sentence_transformers.json"
-    config = model.json(path)
-    prompts = config.get("prompts")
-    if prompts is not None:
-        kept = (
-            {k: v for k, v in prompts.items() if isinstance(v, str)}
-            if isinstance(prompts, dict)
-            else {}
-        )
-        if kept != prompts:
-            yield (
-                FIXED,
-                "config_sentence_transformers.json: prompts that are not texts were left out.",
-                {path: {**config, "prompts": kept}},
-            )
-    if name := config.get("default_prompt_name"):
-        yield (
-            WARNED,
-            f"The model puts its prompt {name} before every text: TEI must be told by "
-            "--default-prompt-name.",
-        )
-
-
-def _jina_v2(model: Model, hardware: Hardware | None) -> Iterator[_Result]:
-    auto_map = model.config.get("auto_map")
-    said = [str(model.config.get("_name_or_path"))]
-    said.append(str(auto_map.get("AutoConfig")) if isinstance(auto_map, dict) else "")
-    if said[0] not in JINA_V2_CODE and not any(name in said[1] for name in JINA_V2_CODE):
+def _jina_v2(model: Model, hardware: Hardware | None) -> Iterator[Result]:
+    if not contract.names_jina_v2(model.config):
         yield (
             REFUSED,
             "This copy of a jina-embeddings-v2 model was saved again and no longer names Jina's code "
-            "(auto_map or _name_or_path), so TEI would take it for plain BERT: register the original "
-            "files.",
+            "(auto_map or _name_or_path), so TEI does not know it: register the original files.",
         )
 
 
-def _rope(model: Model, hardware: Hardware | None) -> Iterator[_Result]:
+def _alibi(model: Model, hardware: Hardware | None) -> Iterator[Result]:
+    """TEI builds a table of that many positions at start; ALiBi has no trained positions."""
     config = model.config
-    parameters = config.get("rope_parameters")
-    if isinstance(parameters, dict):
-        kind = parameters.get("rope_type", parameters.get("type", "default"))
-        if kind != "default" or "factor" in parameters:
-            yield (
-                REFUSED,
-                f"config.json scales its rotary positions ({kind}) in rope_parameters, where TEI "
-                "ignores it without a word: register the revision whose config.json says "
-                "rope_scaling.",
-            )
-        elif "rope_theta" not in config and "rope_theta" in parameters:
-            yield (
-                FIXED,
-                "config.json: rope_theta was copied from rope_parameters to where TEI reads it.",
-                {"config.json": {**config, "rope_theta": parameters["rope_theta"]}},
-            )
-    scaling = config.get("rope_scaling")
-    if isinstance(scaling, dict):
-        kind = scaling.get("type", scaling.get("rope_type"))
-        if model.model_type not in ("new", "gte") or kind != "ntk":
-            yield (
-                REFUSED,
-                f"The model scales its rotary positions ({kind}), which TEI does not do for "
-                f"{model.model_type}.",
-            )
+    row = model.architecture
+    length = contract.sequence_length(model.files)
+    length = min(length or 0, model.longest or length or 0)
+    if row and row.table and 0 < length < (contract.positions(config) or 0):
+        yield (
+            FIXED,
+            f"config.json: max_position_embeddings was lowered to the {length} tokens that are served, for "
+            "the memory of TEI's table of positions.",
+            {"config.json": {**config, "max_position_embeddings": length}},
+        )
 
 
-def _nomic(model: Model, hardware: Hardware | None) -> Iterator[_Result]:
-    if {"n_positions", "max_position_embeddings"} <= set(model.config):
+def _nomic(model: Model, hardware: Hardware | None) -> Iterator[Result]:
+    config = model.config
+    if {"n_positions", "max_position_embeddings"} <= set(config):
         yield (
             WARNED,
             "config.json has both n_positions and max_position_embeddings, which TEI 1.9.3 and older "
             "cannot parse: keep the TEI that this template builds.",
         )
-    if not {"rotary_emb_base", "n_embd", "activation_function"} <= set(model.config):
+    if config.get("rotary_scaling_factor") is not None:
         yield (
-            REFUSED,
-            "config.json is not nomic_bert's own (rotary_emb_base, n_embd, activation_function are "
-            "missing): register the original config.json.",
+            WARNED,
+            f"The model stretches its positions beyond {contract.positions(config)} tokens "
+            "(rotary_scaling_factor), for which TEI changes the vectors of a whole batch: texts are cut "
+            "there.",
         )
 
 
-def _causal(model: Model, hardware: Hardware | None) -> Iterator[_Result]:
-    if hardware is not None and not (hardware.is_gpu and hardware.flash_attention):
+def _tensors(model: Model, hardware: Hardware | None) -> Iterator[Result]:
+    row, config = model.architecture, model.config
+    if row is None or not model.tensors:
+        return
+    keys = ("num_hidden_layers", "n_layer", "n_layers")
+    layers = next((n for key in keys if (n := contract.count(config.get(key)))), 1)
+    if problem := contract.tensor_problem(row, model.tensors, layers):
+        yield REFUSED, problem
+    gated = [name for name in model.tensors if name.endswith("mlp.fc11.weight")]
+    activation = config.get("activation_function")
+    if gated and model.model_type == "nomic_bert" and activation != "swiglu":
         yield (
             REFUSED,
-            "Without flash attention TEI gives wrong vectors for texts of equal length in one batch of "
-            "this model: choose a GPU that has it.",
+            f"The weights have {gated[0]} of a gated layer, and config.json says activation_function: "
+            f"{activation}: register the model with its original config.json.",
         )
 
 
-def _overflow(model: Model, hardware: Hardware | None) -> Iterator[_Result]:
+def _overflow(model: Model, hardware: Hardware | None) -> Iterator[Result]:
     if hardware is None or hardware.dtype == "float16":
         yield (
             WARNED,
@@ -601,7 +460,7 @@ def _overflow(model: Model, hardware: Hardware | None) -> Iterator[_Result]:
         )
 
 
-def _conversion(model: Model, hardware: Hardware | None) -> Iterator[_Result]:
+def _conversion(model: Model, hardware: Hardware | None) -> Iterator[Result]:
     adapters = model.config.get("lora_adaptations")
     known = adapters if isinstance(adapters, list) and adapters else list(JINA_V3_TASKS)
     if model.task is None:
@@ -642,8 +501,8 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "config",
-        "config.json has what TEI requires.",
-        "TEI router/src/lib.rs:205-211 and :468-483",
+        "config.json says what it is.",
+        "TEI router/src/lib.rs:468-483",
         _config,
         lambda model: bool(model.config),
     ),
@@ -659,66 +518,119 @@ RULES: tuple[Rule, ...] = (
         "config.json names Jina's own code, by which TEI knows the model.",
         "TEI backends/candle/src/lib.rs:83-121, #306",
         _jina_v2,
-        lambda model: (
-            model.model_type == "bert"
-            and (
-                model.config.get("position_embedding_type") == "alibi"
-                or any(name.startswith("JinaBert") for name in model.class_names)
-            )
-        ),
+        lambda model: contract.is_jina_v2(model.config),
     ),
     Rule(
-        "rotary-positions",
-        "The rotary positions are written where TEI reads them.",
-        "TEI backends/candle/src/layers/rotary.rs, models/gte.rs:15-35, models/qwen3.rs; "
-        "transformers ≥ 5 writes rope_parameters",
-        _rope,
-        lambda model: model.model_type in _ROPE_THETA,
+        "keys",
+        "config.json says what TEI requires, and nothing that it computes otherwise.",
+        "extensions/data/contract.json",
+        _keys,
+    ),
+    Rule(
+        "window",
+        "The window is the one that the model was trained with.",
+        "huggingface/transformers #47940; TEI models/gemma3.rs:268-273",
+        _window,
+        lambda model: model.model_type == "gemma3_text",
     ),
     Rule(
         "nomic-config",
-        "config.json is nomic_bert's own, in the form that every TEI parses.",
-        "#876 (fixed after 1.9.3); TEI backends/candle/src/models/nomic.rs:12-45",
+        "config.json is in the form that every TEI parses.",
+        "#876 (fixed after 1.9.3); TEI backends/candle/src/models/nomic.rs:12-45, :713-727",
         _nomic,
         lambda model: model.model_type == "nomic_bert",
+    ),
+    Rule(
+        "tensors",
+        "TEI finds the weights by their names.",
+        "extensions/data/contract.json",
+        _tensors,
+    ),
+    Rule(
+        "hardware",
+        "TEI serves the architecture there.",
+        "TEI backends/candle/src/lib.rs:290-580",
+        _hardware,
+    ),
+    Rule(
+        "activation",
+        "TEI computes the activation there.",
+        "TEI backends/candle/src/layers/cublaslt.rs:20-100 (read, not run)",
+        _fused,
     ),
     Rule(
         "pooling",
         "The pooling is known.",
         "TEI router/src/lib.rs:441-508; sentence-transformers #3554 (≥ 5.4 writes another schema)",
-        _pooling,
+        module_rules.pooling,
     ),
     Rule(
         "length",
         "The longest input is known.",
         "TEI router/src/lib.rs:195-233; sentence-transformers #3554 (≥ 5.4 writes no max_seq_length)",
-        _length,
+        module_rules.length,
+    ),
+    Rule(
+        "alibi",
+        "TEI's table of positions is as long as the longest input.",
+        "TEI backends/candle/src/alibi.rs, models/jina.rs:409-421",
+        _alibi,
+        lambda model: contract.is_jina_v2(model.config),
+    ),
+    Rule(
+        "transformer",
+        "TEI takes what the model's own pipeline takes of its layers.",
+        "sentence-transformers 6.2 base/modules/transformer.py",
+        module_rules.transformer,
     ),
     Rule(
         "modules",
         "TEI applies every module of the model.",
         "TEI backends/src/lib.rs:524-552 and :818-826, candle/src/layers/dense.rs; #701",
-        _modules,
+        module_rules.modules,
+    ),
+    Rule(
+        "vector-length",
+        "The model's vectors have length 1, as those of /v1/embeddings.",
+        "TEI router/src/http/server.rs, /v1/embeddings",
+        module_rules.vector_length,
     ),
     Rule(
         "prompts",
         "TEI can read the prompts.",
         "TEI router/src/lib.rs:242-248",
-        _prompts,
+        module_rules.prompts,
     ),
     Rule(
-        "causal-mask",
-        "Flash attention keeps the causal mask in every batch.",
-        "#882, #883 (open): backends/candle/src/models/qwen3.rs skips the mask of unpadded batches",
-        _causal,
-        lambda model: model.model_type == "qwen3",
+        "tokenizer",
+        "tokenizer.json says what tokenizer_config.json says.",
+        "TEI router/src/lib.rs:149-153; transformers, the tokenizers' classes",
+        tokenizer_rules.settings,
+    ),
+    Rule(
+        "lower-case",
+        "The tokenizer lowers texts where they are to be lowered.",
+        "TEI router/src/lib.rs:510-513 (max_seq_length alone is read)",
+        tokenizer_rules.lower_case,
+    ),
+    Rule(
+        "special-tokens",
+        "The tokenizer adds the tokens that texts begin and end with.",
+        "TEI router/src/lib.rs:149-182",
+        tokenizer_rules.special_tokens,
+    ),
+    Rule(
+        "mask",
+        "Every batch is masked.",
+        "#882, #883 (open); extensions/data/contract.json",
+        _mask,
     ),
     Rule(
         "overflow",
         "The model runs in a type that holds its values.",
         "#644, #845",
         _overflow,
-        lambda model: model.model_type == "qwen3",
+        lambda model: bool(model.architecture and model.architecture.bfloat16),
     ),
 )
 """For every model but jina-embeddings-v3, in the order in which their findings are shown."""

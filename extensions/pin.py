@@ -249,7 +249,8 @@ def _judged(model: EmbeddingModel, name: str) -> tuple[tuple[str, ...], bool]:
     converted = compatibility.Model(files).is_jina_v3
     # Pooling and task are questions of the template: that they are open is nothing against a model.
     task = JINA_V3_TASKS[0] if converted else None
-    findings = compatibility.check(files, task=task, pooling=model.facts.pooling or "as answered")
+    pooling = model.facts.pooling or "as answered"
+    findings = compatibility.check(files, task=task, pooling=pooling, tensors=model.tensors)
     if refused := compatibility.refusal(findings):
         raise UnsuitableModelError(f"{name} cannot be served by TEI: {refused}")
     told = (compatibility.FIXED, compatibility.WARNED)

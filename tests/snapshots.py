@@ -26,6 +26,12 @@ CONFIG: dict[str, Any] = {
     "num_attention_heads": 2,
     "vocab_size": 30,
     "max_position_embeddings": 64,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1,
+    "initializer_range": 0.02,
+    "layer_norm_eps": 1e-12,
+    "pad_token_id": 0,
+    "type_vocab_size": 2,
     "torch_dtype": "float32",
 }
 
@@ -51,9 +57,19 @@ def snapshot(folder: Path, sidecars: bool = True, **config: Any) -> Path:
         "tokenizer.json": {"version": "1.0", "model": {"type": "WordLevel", "vocab": {}}},
         "tokenizer_config.json": {"model_max_length": 64},
         "modules.json": [
-            {"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"},
-            {"idx": 1, "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-            {"idx": 2, "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
+            {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+            {
+                "idx": 1,
+                "name": "1",
+                "path": "1_Pooling",
+                "type": "sentence_transformers.models.Pooling",
+            },
+            {
+                "idx": 2,
+                "name": "2",
+                "path": "2_Normalize",
+                "type": "sentence_transformers.models.Normalize",
+            },
         ],
         "1_Pooling/config.json": {
             "word_embedding_dimension": 8,

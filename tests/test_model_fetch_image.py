@@ -119,6 +119,8 @@ def model(volumes: dict[str, Path], url: str) -> dict[str, bytes]:
         **{"model_type": "bert", "architectures": ["BertModel"], "vocab_size": 100},
         **{"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12},
         **{"intermediate_size": 1536, "max_position_embeddings": 512, "hidden_act": "gelu"},
+        **{"hidden_dropout_prob": 0.1, "initializer_range": 0.02, "layer_norm_eps": 1e-12},
+        **{"pad_token_id": 0, "type_vocab_size": 2},
     }
     files = {
         "model.safetensors": len(header).to_bytes(8, "little") + header + os.urandom(1024),

@@ -16,12 +16,15 @@ from typing import Any
 from . import compatibility, jina, tensors
 from .errors import ConfigurationError, UnsuitableModelError
 from .pin import Pin
+from .reading import UnreadableError, document
 
-REVISION = 1
+REVISION = 2
 """Raise it when the rules below change: folders that were prepared by older rules are made anew."""
 
-LONGEST_CONFIG = 1 << 20
-"""Bytes of the longest JSON file that is read: a tokenizer.json has many megabytes and no rule."""
+LONGEST_CONFIG = 64 << 20
+"""Bytes of the longest JSON file that is read: EmbeddingGemma's tokenizer.json has 33 MB."""
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 CONVERSION_RECORD = "conversion.json"
 """What a conversion did, beside the converted model. TEI does not read it."""
@@ -44,14 +47,17 @@ def prepare(folder: Path, pin: Pin) -> list[str]:
     files = read(folder)
     # A repository is only rendered with a pooling, so TEI always gets --pooling.
     pooling = pin.facts.pooling or "as answered"
-    findings = compatibility.check(files, task=task, pooling=pooling)
+    findings = compatibility.check(
+        files,
+        task=task,
+        pooling=pooling,
+        tensors=None if conversion else _tensors(folder),
+        longest=getattr(pin, "input_tokens", None),
+    )
     if problem := compatibility.refusal(findings):
         raise UnsuitableModelError(problem)
     if conversion:
         return _convert(folder, conversion)
-    weights = (".safetensors", ".safetensors.index.json")
-    if any(path.name.endswith(weights) for path in folder.iterdir()):
-        tensors.read_headers(folder)
     changed: dict[str, object] = {}
     for finding in findings:
         changed |= finding.changes
@@ -60,8 +66,17 @@ def prepare(folder: Path, pin: Pin) -> list[str]:
             (folder / path).unlink()
         else:
             (folder / path).parent.mkdir(exist_ok=True)
-            replace(folder / path, (json.dumps(content, indent=2) + "\n").encode())
+            text = json.dumps(content, indent=2, ensure_ascii=False)
+            replace(folder / path, f"{text}\n".encode())
     return [f.message for f in findings if f.outcome == compatibility.FIXED]
+
+
+def _tensors(folder: Path) -> dict[str, str | None] | None:
+    """Types of the weights by name; None for a pickle. Raises: UnsuitableModelError when damaged."""
+    names = ("model.safetensors", "model.safetensors.index.json")
+    if not any((folder / name).exists() for name in names):
+        return None
+    return {name: tensor.dtype for name, tensor in tensors.read_headers(folder).items()}
 
 
 def read(folder: Path) -> dict[str, object]:
@@ -74,12 +89,18 @@ def read(folder: Path) -> dict[str, object]:
         if path.is_dir():
             continue
         name = path.relative_to(folder).as_posix()
+        with path.open("rb") as stream:
+            if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise UnsuitableModelError(
+                    f"{name} is a Git LFS pointer, not the file: run `git lfs pull` and register the model"
+                    " again."
+                )
         read_it = path.suffix == ".json" and path.stat().st_size <= LONGEST_CONFIG
         try:
-            files[name] = json.loads(path.read_text(encoding="utf-8")) if read_it else None
-        except (ValueError, RecursionError):
+            files[name] = document(path.read_bytes(), name, LONGEST_CONFIG) if read_it else None
+        except UnreadableError as error:
             raise UnsuitableModelError(
-                f"{name} is not JSON: the registered copy is damaged, register it again."
+                f"{error}: the registered copy is damaged, register it again."
             ) from None
     return files
 

@@ -103,7 +103,7 @@ def test_a_good_model_is_left_alone(tmp_path):
     ("path", "content", "message"),
     [
         ("config.json", CONFIG | {"model_type": "t5"}, "no implementation of t5"),
-        ("config.json", CONFIG | {"position_embedding_type": "alibi"}, "plain BERT"),
+        ("config.json", CONFIG | {"position_embedding_type": "alibi"}, "no longer names Jina"),
         ("config.json", None, "no readable config.json"),
         ("tokenizer.json", None, "no tokenizer.json"),
         ("model.safetensors", None, "no weights"),

@@ -24,6 +24,11 @@ CONFIG = {
     "intermediate_size": 1536,
     "max_position_embeddings": 512,
     "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1,
+    "initializer_range": 0.02,
+    "layer_norm_eps": 1e-12,
+    "pad_token_id": 0,
+    "type_vocab_size": 2,
 }
 POOLING = {
     "word_embedding_dimension": 384,

@@ -1,0 +1,1 @@
+../../../../extensions/findings.py

@@ -1,0 +1,1 @@
+../../../../extensions/module_rules.py
