@@ -87,6 +87,10 @@ RULES: dict[str, Rule] = {
     "image_platform": _one_of("linux/arm64", "linux/amd64"),
     "platform": _one_of("kubernetes", "thinkube"),
     "thinkube_deployment": _one_of("component", "app"),
+    "admin_username": Rule(
+        "a user's name: use at most 63 letters, digits, '.', '_', '-' and '@'",
+        r"[A-Za-z0-9][A-Za-z0-9._@-]{0,62}",
+    ),
     "namespace": Rule(
         "a Kubernetes namespace: use at most 63 lower-case letters, digits and '-'", _DNS_LABEL
     ),

@@ -131,12 +131,27 @@ class TextEmbeddings(Extension):
             wanted = answers.truth(context.get("refresh", False))
             return wanted and "pin" not in context["_copier_conf"]["data"]
 
+        def found(context: Context, model_id: str, selector: str) -> Any:
+            """What the registry, or the catalogue, has.
+
+            Thinkube installs the component before any model is there, and names one for each pod.
+            """
+            missing = _module("errors").NotFoundError
+            try:
+                return source().resolve(model_id, selector)
+            except missing as error:
+                component = _module("thinkube").is_component(context)
+                if not component or selector != "latest" or not catalog.find(model_id):
+                    raise
+                print(f"{error} The version is left to the pods.", file=sys.stderr)
+                return catalog.resolve(model_id, selector)
+
         @pass_context
         def resolved_pin(context: Context) -> str:
             """The pin of `model_id` at `model_version`, as JSON."""
             key = (context["model_id"], context["model_version"])
             if key not in resolved:
-                resolved[key] = catalog.enriched(source().resolve(*key)).to_mapping()
+                resolved[key] = catalog.enriched(found(context, *key)).to_mapping()
             return json.dumps(resolved[key], ensure_ascii=False)
 
         @pass_context
@@ -189,6 +204,16 @@ class TextEmbeddings(Extension):
             return _module("sizing").plan(pin_of(context), given_of(context))
 
         @pass_context
+        def usual_platform(context: Context) -> str:
+            """Default of `platform`."""
+            return str(_module("thinkube").usual_platform(context))
+
+        @pass_context
+        def usual_thinkube_deployment(context: Context) -> str:
+            """Default of `thinkube_deployment`."""
+            return str(_module("thinkube").usual_deployment(context))
+
+        @pass_context
         def thinkube(context: Context) -> object:
             """How Thinkube runs the model."""
             return _module("thinkube").deployment(pin_of(context), given_of(context))
@@ -226,6 +251,8 @@ class TextEmbeddings(Extension):
             "plan": plan,
             "thinkube": thinkube,
             "every_tei_edit": every_tei_edit,
+            "usual_platform": usual_platform,
+            "usual_thinkube_deployment": usual_thinkube_deployment,
             "objects_folder": objects_folder,
         }
         environment.globals.update({name: _spoken(f) for name, f in functions.items()})

@@ -18,8 +18,9 @@ trap 'rm -rf "$rendered"' EXIT
 for platform in kubernetes thinkube; do
   for accelerator in gb10 cpu; do
     say render "$platform, $accelerator"
+    shape=$([ "$accelerator" = cpu ] && echo app || echo component) # a component has a GPU
     python -W ignore -m copier copy --trust --defaults --quiet --vcs-ref=HEAD \
-      --data platform="$platform" --data accelerator="$accelerator" \
+      --data platform="$platform" --data accelerator="$accelerator" --data thinkube_deployment="$shape" \
       --data 'components=[monitoring, autoscaling-keda, gateway, ingress, network-policy, api-key]' \
       . "$rendered/$platform-$accelerator" >/dev/null
   done

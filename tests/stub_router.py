@@ -1,7 +1,8 @@
 """Stands in for TEI's router behind the front of Thinkube's image.
 
 Listens only after "loading", as TEI does. What it was started with goes to $STUB/started.json; `load`,
-`fail` and `crash` in $STUB say how it behaves.
+`unhealthy` and `batch` in $STUB say how it behaves. Checks wait while there is a `batch`; the most that
+have waited at the same time are told at /waited.
 """
 
 from __future__ import annotations
@@ -17,12 +18,27 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 
+waiting = threading.Lock()
+checks: list[int] = [0, 0]  # that wait now, and the most that ever did
+
+
+def wait_behind_the_batch() -> None:
+    """As TEI's checks do, which go on waiting when their client has left."""
+    with waiting:
+        checks[0] += 1
+        checks[1] = max(checks)
+    while (HERE / "batch").exists():
+        time.sleep(0.02)
+    with waiting:
+        checks[0] -= 1
+
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         if self.path == "/health":
+            wait_behind_the_batch()
             self.answer(503 if (HERE / "unhealthy").exists() else 200, b"")
         elif self.path == "/stream":  # two parts; the second waits for the client to have the first
             self.send_response(200)
@@ -32,6 +48,8 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             wait_for(HERE / "second")
             self.wfile.write(b"two")
+        elif self.path == "/waited":
+            self.answer(200, json.dumps(checks).encode())
         elif self.path == "/crash":
             os._exit(9)
         else:
@@ -39,7 +57,9 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, json.dumps({"path": self.path, "peer": peer}).encode())
 
     def do_POST(self) -> None:
-        self.answer(200, self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        json_sent = (self.headers["Content-Type"] or "").startswith("application/json")
+        self.answer(200 if json_sent else 415, body)
 
     def answer(self, status: int, body: bytes) -> None:
         self.send_response(status)

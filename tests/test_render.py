@@ -160,7 +160,7 @@ def test_without_a_registry_the_version_is_left_to_the_cluster(render: Render, m
     pin = json.loads((project / "k8s/base/pin.json").read_text())
     assert (pin["version"], pin["selector"], pin["files"]) == (None, "@champion", [])
     assert pin["model_id"] == model
-    assert "no registry was at hand" in (project / "README.md").read_text()
+    assert "in no registry at hand" in (project / "README.md").read_text()
 
 
 def test_the_default_answers_are_those_of_a_dgx_spark(render: Render) -> None:

@@ -153,22 +153,15 @@ def test_argo_cd_adds_what_the_platform_s_deployment_lacks(
     """As Argo CD does: what .argocd-source.yaml says is added to the platform's kustomization."""
     project = tmp_path / "text-embeddings"
     render(project, program=False, platform="thinkube", thinkube_deployment=shape)
-    thinkube.write_manifests(project)
-    kustomization = project / "k8s/kustomization.yaml"
-    added = yaml.safe_load((project / "k8s/.argocd-source.yaml").read_text())["kustomize"]
-    kustomization.write_text(yaml.safe_dump(yaml.safe_load(kustomization.read_text()) | added))
+    thinkube.write_manifests(project, model_id="a/model")
 
-    built = subprocess.run(
-        ["kubectl", "kustomize", str(project / "k8s")], capture_output=True, text=True
-    )
+    deployment = thinkube.applied(project)
 
-    assert built.returncode == 0, built.stderr
-    deployment = yaml.safe_load(built.stdout)
     assert deployment["spec"]["strategy"]["rollingUpdate"]["maxSurge"] == 0
     pod = deployment["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     assert pod["securityContext"]["runAsNonRoot"] is True
-    assert pod["terminationGracePeriodSeconds"] >= 80
+    assert "fsGroup" not in pod["securityContext"]  # kubelet would re-group MLflow's whole store
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
     assert container["image"].startswith("registry.spark.example.net/thinkube/")
     mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
@@ -182,8 +175,23 @@ def test_argo_cd_adds_what_the_platform_s_deployment_lacks(
         assert startup["initialDelaySeconds"] == 0
         assert container["readinessProbe"]["httpGet"]["path"] == "/ready"
         assert container["livenessProbe"]["httpGet"]["path"] == "/health"
+        assert container["lifecycle"]["preStop"]["sleep"]["seconds"] == 15
+        assert pod["terminationGracePeriodSeconds"] >= 80
     else:
         assert startup["httpGet"]["path"] == "/health"
+        assert "lifecycle" not in container  # a pod that ends still counts for the gateway
+        assert 60 < pod["terminationGracePeriodSeconds"] < 80
+
+
+def test_the_llm_gateway_s_model_is_the_only_one(render: Render, tmp_path: Path) -> None:
+    """However models follow each other: after a failed load, too, whose Deployment is kept."""
+    project = render(tmp_path / "text-embeddings", program=False, platform="thinkube")
+    thinkube.write_manifests(project, model_id="the/form-s", ansible_user="x")
+    gateway = thinkube.LlmGateway(thinkube.applied(project))
+    for model in ("the/form-s", "an/other", "the/form-s", "an/other", "an/other"):
+        gateway.load(model)
+        assert gateway.models == [model]
+        gateway.unload()
 
 
 def test_the_form_offers_the_platform_s_own_models() -> None:
@@ -198,11 +206,27 @@ def test_the_form_offers_the_platform_s_own_models() -> None:
     assert manifest["metadata"]["version"] == version
 
 
+def test_the_llm_gateway_counts_as_many_models_as_the_quota_s_cpus_hold(render: Render) -> None:
+    (container,) = described(render(program=False, platform="thinkube"))["spec"]["containers"]
+    assert container["size"] == "large"  # 2 of the namespace's 8 CPUs
+
+
+def described(project: Path) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((project / "thinkube.yaml").read_text())
+    return found
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"project_name": "search", "thinkube_deployment": "component"},
         "the LLM gateway looks for a component called text-embeddings",
     ),
+    (
+        {"project_name": "search", "namespace": "search", "deployment_type": "component"},
+        "the LLM gateway looks for a component called text-embeddings",
+    ),
+    ({"accelerator": "cpu"}, "answer the GPU that the cluster has"),
+    ({"deployment_type": "component", "accelerator": "cpu"}, "or thinkube_deployment=app"),
     ({"project_name": "search", "replicas": "3"}, "answer replicas=2"),
     ({"project_name": "search", "replicas": "2", "accelerator": "l4"}, "answer replicas=1"),
     ({"project_name": "search", "parameters": 8_000_000_000}, "largest container has 16"),

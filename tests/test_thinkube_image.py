@@ -62,6 +62,7 @@ def image(
     engine.docker("build", f"--build-arg=DEBIAN={debian}", f"--tag={IMAGE}-base", base)
 
     answers = {"platform": "thinkube", "model_id": MODEL, "accelerator": "cpu"}
+    answers["project_name"] = "search"
     copier.run_copy(
         str(template),
         folder / "project",

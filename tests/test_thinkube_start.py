@@ -5,14 +5,17 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,6 +86,20 @@ class Container:
         except OSError:
             return 0, ""
 
+    def post(self, path: str, body: str, kind: str = "application/json") -> tuple[int, str]:
+        url = f"http://127.0.0.1:{self.port}{path}"
+        request = urllib.request.Request(url, body.encode(), {"Content-Type": kind})
+        try:
+            with urllib.request.urlopen(request, timeout=20) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    @property
+    def models(self) -> list[str]:
+        """What the LLM gateway sees."""
+        return [model["id"] for model in json.loads(self.get("/v1/models")[1])["data"]]
+
     def until(self, what: Callable[[], Any]) -> None:
         """Wait until something holds, while the container runs."""
         end = time.monotonic() + 60
@@ -111,6 +128,15 @@ class Container:
     @property
     def said(self) -> str:
         return (self.folder / "log").read_text()
+
+    @property
+    def last_line(self) -> str:
+        return self.said.splitlines()[-1]
+
+    @property
+    def reason(self) -> str:
+        """What Kubernetes shows of a container that has ended."""
+        return (self.folder / "termination-log").read_text().strip()
 
     @property
     def tei(self) -> dict[str, Any]:
@@ -211,7 +237,7 @@ def make(
     made: list[Container] = []
 
     def of(**answers: Any) -> Container:
-        given = {"model_id": MODEL, "pin": pin_of(files), "accelerator": "cpu"} | answers
+        given = {"model_id": MODEL, "pin": pin_of(files), "accelerator": "l4"} | answers
         key = json.dumps(given)
         if key not in rendered:
             rendered[key] = render(program=False, platform="thinkube", **given)
@@ -259,7 +285,7 @@ def test_the_pinned_model_is_served_from_the_mount(
         f"--port={container.tei_port}",
     ]
     assert all(f"  {flag}\n" in settings for flag in arguments[4:])
-    assert {"--pooling=mean", "--dtype=float32"} <= set(arguments)
+    assert {"--pooling=mean", "--dtype=float16"} <= set(arguments)
 
 
 def test_tei_gets_no_variable_that_it_could_misread_and_no_secret(
@@ -302,9 +328,10 @@ def test_a_mount_that_does_not_hold_the_pin_is_not_used(
     """The network is tried, here without success; then the container ends, and TEI never starts."""
     container = make(mlflow_tracking_uri=f"http://127.0.0.1:{free_port()}")
     damage(mounted(container, files))
-    container.start(MODEL_ID=MODEL)
+    container.start(MODEL_ID=MODEL, ADMIN_PASSWORD="")
     assert container.end() == code
-    assert said in container.said
+    assert said in container.last_line
+    assert f"start: {container.reason}" == container.last_line
     assert not (container.stub / "started.json").exists()
 
 
@@ -352,7 +379,8 @@ def test_what_is_no_model_is_refused_and_not_repeated(
     container = make()
     container.start(MODEL_ID=name)
     assert container.end() == 2
-    assert "MODEL_ID is not the name of a model" in container.said
+    assert container.last_line == "start: MODEL_ID is not the name of a model"
+    assert container.reason == "MODEL_ID is not the name of a model"
     assert name not in container.said.replace(str(container.folder), "")
 
 
@@ -363,8 +391,9 @@ def test_a_failed_load_ends_the_container(make: Callable[..., Container], files:
     container.start(MODEL_ID=MODEL)
     container.load("fail")
     assert container.end() == 1
-    assert "warm-up failed" in container.said
-    assert "TEI ended with 1" in container.said
+    assert container.reason == f"{MODEL} is not served: TEI ended with 1: warm-up failed"
+    assert container.last_line == f"start: {container.reason}"
+    assert container.said.splitlines()[-2] == "warm-up failed"
 
 
 @pytest.mark.parametrize("which", ["tei", "nginx"])
@@ -377,6 +406,7 @@ def test_the_end_of_one_process_ends_the_container(
     if which == "tei":
         container.get("/crash")
         assert container.end() == 9
+        assert container.reason == f"{MODEL} is not served: TEI ended with 9"
     else:
         pid = (container.folder / "tmp/front/nginx.pid").read_text().strip()
         workers = subprocess.run(["pgrep", "-P", pid], capture_output=True, text=True)
@@ -415,6 +445,89 @@ def test_requests_in_flight_are_finished_before_the_end(
     assert container.end() == 0
 
 
+def test_a_component_that_stops_is_listed_no_more_but_still_serves(
+    make: Callable[..., Container], files: Path
+) -> None:
+    """Its pod counts for the LLM gateway until its end."""
+    container = make()
+    mounted(container, files)
+    container.serve(MODEL_ID=MODEL)
+    assert container.models == [MODEL]
+    assert container.started is not None
+    container.started.send_signal(signal.SIGTERM)
+    container.until(lambda: container.models == [])
+    assert container.get("/info")[0] == 200
+    assert container.end() == 0
+
+
+def test_no_number_of_checks_fills_tei_s_queue(make: Callable[..., Container], files: Path) -> None:
+    """The eighth check that waits ends TEI, also when nobody waits for its answer any more."""
+    container = make()
+    mounted(container, files)
+    container.serve(MODEL_ID=MODEL)
+    (container.stub / "batch").touch()
+    impatient = socket.create_connection(("127.0.0.1", container.port))
+    impatient.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    container.until(lambda: json.loads(container.get("/waited")[1])[0] == 1)
+    impatient.close()
+
+    paths = ("/health", "/", "/ping", "/ready", "//health", "/%68ealth", "/v1/models") * 3
+    with ThreadPoolExecutor(len(paths)) as pool:
+        answers = [pool.submit(container.get, path) for path in paths]
+        done = [wait([a], timeout=1).done for a in answers]
+        assert json.loads(container.get("/waited")[1]) == [3, 3]
+        assert container.get("/info")[0] == 200
+        (container.stub / "batch").unlink()
+        codes = [answer.result()[0] for answer in answers]
+    assert done.count(set()) == 2  # they waited, and were answered then
+    assert codes.count(503) + paths.count("/v1/models") >= len(paths) - 2
+    container.until(lambda: json.loads(container.get("/waited")[1])[0] == 0)
+    assert container.get("/health") == (200, "")
+    assert container.models == [MODEL]
+
+
+TOKEN_IDS = [
+    {"model": MODEL, "input": [[3923, 374, 279]]},
+    {"input": [40000, 50000], "model": MODEL},
+    {"inputs": [[0]]},
+    {"input": [[999999, 1], [2]], "encoding_format": "base64"},
+]
+TEXTS = [
+    {"input": "one text"},
+    {"input": ["7 dwarfs", "[1, 2]"]},
+    {"inputs": ['"input": [1, 2]', "\\", '\\"input": [[3']},
+    {"model": "[1]", "dimensions": 8, "input": ["a"]},
+    {"input": []},
+]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_token_ids_are_refused_and_texts_pass(
+    make: Callable[..., Container], files: Path, indent: int | None
+) -> None:
+    """TEI reads ids of another tokenizer as text of its own, and ends when it knows none of them."""
+    container = make()
+    mounted(container, files)
+    container.serve(MODEL_ID=MODEL)
+    for path in ("/v1/embeddings", "/embeddings", "/embed", "/"):
+        for body in TOKEN_IDS:
+            status, answer = container.post(path, json.dumps(body, indent=indent))
+            assert status == 422, body
+            assert "token ids are not supported" in json.loads(answer)["error"]
+        for body in TEXTS:
+            sent = json.dumps(body, indent=indent)
+            assert container.post(path, sent) == (200, sent), body
+    status, answer = container.post("/embed", "{}", "text/plain")
+    assert (status, "application/json" in answer) == (415, True)
+
+
+def test_an_idle_connection_outlives_the_one_of_the_gateway_s_proxy(render: Render) -> None:
+    """Go's http.Transport closes an idle connection after 90 s; nginx must not close it before."""
+    conf = (render(program=False, platform="thinkube") / "images/thinkube/nginx.conf").read_text()
+    (seconds,) = re.findall(r"^ *keepalive_timeout (\d+)s;", conf, re.MULTILINE)
+    assert int(seconds) > 90
+
+
 def test_connections_to_tei_stay_open_and_bodies_pass_unchanged(
     make: Callable[..., Container], files: Path
 ) -> None:
@@ -429,7 +542,8 @@ def test_connections_to_tei_stay_open_and_bodies_pass_unchanged(
     assert len(peers) == 1
     body = os.urandom(3_000_000)  # more than TEI takes: that is TEI's to say
     url = f"http://127.0.0.1:{container.port}/v1/embeddings"
-    with urllib.request.urlopen(urllib.request.Request(url, body), timeout=60) as answer:
+    asked = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(asked, timeout=60) as answer:
         assert answer.read() == body
 
 

@@ -1,12 +1,15 @@
 """What Thinkube's platform does with a template and its rendered repository, for the tests.
 
 Argument names, files and values follow thinkube-control 77f207f (scripts/deploy_application.py,
-templates/k8s/). The schema in data/ is thinkube.org 1bab289, modules/ROOT/attachments.
+templates/k8s/, llm_pod_manager.py), and for the newer generation dda177e and c8d41f7. The schema in
+data/ is thinkube.org 1bab289, modules/ROOT/attachments.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
+from copy import deepcopy as copy_of
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +26,14 @@ SECRETS = {
 }
 
 
-def data(**changes: str) -> list[str]:
-    """All `--data` words that thinkube-control passes for an app called text-embeddings."""
+def answers(generation: str = "old", kind: str = "component", **changes: str) -> dict[str, str]:
+    """All that thinkube-control passes as `--data`, for what is called text-embeddings if not told."""
     name = changes.get("project_name", "text-embeddings")
-    pairs = {
+    newer = {
+        "deployment_type": "component" if kind == "component" else "user_app",
+        "replace_developer_commits": "false",
+    }
+    return {
         "project_name": name,
         "domain_name": "spark.example.net",
         "admin_username": "tkadmin",
@@ -44,18 +51,27 @@ def data(**changes: str) -> list[str]:
         "ansible_user": "thinkube",
         "model_id": "nomic-ai/nomic-embed-text-v1.5",
         **SECRETS,
+        **(newer if generation == "new" else {}),
         **changes,
     }
-    return [word for name, value in pairs.items() for word in ("--data", f"{name}={value}")]
 
 
-def copy(url: str, target: Path, **changes: str) -> list[str]:
+REFS = {"old": "HEAD", "new": "v1.0.0"}
+"""`--vcs-ref`, by the platform's generation: the newer one asks for a release."""
+
+
+def copy(url: str, target: Path, generation: str = "old", **changes: str) -> list[str]:
     """The platform's whole command line, after `copier`."""
-    return ["copy", "--force", "--vcs-ref=HEAD", url, str(target), *data(**changes)]
+    pairs = answers(generation, **changes)
+    words = [word for name, value in pairs.items() for word in ("--data", f"{name}={value}")]
+    return ["copy", "--force", f"--vcs-ref={REFS[generation]}", url, str(target), *words]
 
 
-def write_manifests(project: Path) -> dict[str, str]:
-    """Write what the platform writes into a repository at each deploy; returns text by path."""
+def write_manifests(project: Path, **params: str) -> dict[str, str]:
+    """Write what the platform writes into a repository at each deploy; returns text by path.
+
+    Args: params: parameters of the form, which become variables of the container.
+    """
     app = project.name
     deployment: dict[str, Any] = {
         "apiVersion": "apps/v1",
@@ -72,6 +88,10 @@ def write_manifests(project: Path) -> dict[str, str]:
                             "name": "inference",
                             "image": f"registry.spark.example.net/thinkube/{app}-inference:latest",
                             "ports": [{"containerPort": 7860, "name": "http"}],
+                            "env": [
+                                *({"name": n.upper(), "value": v} for n, v in params.items()),
+                                {"name": "APP_NAME", "value": app},
+                            ],
                             "startupProbe": {
                                 "httpGet": {"path": "/health", "port": 7860},
                                 "initialDelaySeconds": 30,
@@ -125,12 +145,67 @@ def write_manifests(project: Path) -> dict[str, str]:
     return written
 
 
+def applied(project: Path) -> dict[str, Any]:
+    """The platform's Deployment as Argo CD applies it: with what .argocd-source.yaml adds."""
+    kustomization = project / "k8s/kustomization.yaml"
+    added = yaml.safe_load((project / "k8s/.argocd-source.yaml").read_text())["kustomize"]
+    kustomization.write_text(yaml.safe_dump(yaml.safe_load(kustomization.read_text()) | added))
+    built = subprocess.run(
+        ["kubectl", "kustomize", str(project / "k8s")], capture_output=True, text=True
+    )
+    assert built.returncode == 0, built.stderr
+    deployment: dict[str, Any] = yaml.safe_load(built.stdout)
+    return deployment
+
+
+class LlmGateway:
+    """How the LLM gateway makes a node's Deployment from the base one, and keeps it between models."""
+
+    def __init__(self, base: dict[str, Any]) -> None:
+        self.base = base
+        self.node: dict[str, Any] | None = None
+
+    def load(self, model_id: str) -> None:
+        """It looks at the first MODEL_ID, appends its own to the base's, and patches by name."""
+        if self.node is not None:
+            env = self._env(self.node)
+            first = next((e["value"] for e in env if e["name"] == "MODEL_ID"), None)
+            last = next((e["value"] for e in reversed(env) if e["name"] == "MODEL_ID"), None)
+            if first == model_id:
+                if last != model_id:  # a strategic merge finds the first of that name
+                    next(e for e in env if e["name"] == "MODEL_ID")["value"] = model_id
+                self.node["spec"]["replicas"] = 1
+                return
+        self.node = copy_of(self.base)
+        self.node["spec"]["replicas"] = 1
+        self._env(self.node).append({"name": "MODEL_ID", "value": model_id})
+
+    def unload(self) -> None:
+        """The same after a load that failed."""
+        assert self.node is not None
+        self.node["spec"]["replicas"] = 0
+
+    @property
+    def models(self) -> list[str]:
+        """Each MODEL_ID of the pod; a container gets the last."""
+        assert self.node is not None
+        return [e["value"] for e in self._env(self.node) if e["name"] == "MODEL_ID"]
+
+    @staticmethod
+    def _env(deployment: dict[str, Any]) -> list[dict[str, str]]:
+        (container,) = deployment["spec"]["template"]["spec"]["containers"]
+        variables: list[dict[str, str]] = container.setdefault("env", [])
+        return variables
+
+
 def check(project: Path, stored: dict[str, Any]) -> None:
     """A repository rendered for Thinkube is what the platform, and its LLM gateway, can take."""
     described = yaml.safe_load((project / "thinkube.yaml").read_text())
     jsonschema.Draft7Validator(SCHEMA).validate(described)
     manifest = yaml.safe_load((project / "manifest.yaml").read_text())
     check_manifest(manifest)
+    asked = [parameter["name"] for parameter in manifest["parameters"]]
+    assert asked == ([] if stored["thinkube_deployment"] == "component" else ["model_id"])
 
     spec = described["spec"]
     (container,) = spec["containers"]

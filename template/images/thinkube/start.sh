@@ -10,15 +10,24 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 pin=$here/pin.json
 front=/tmp/front # nginx.conf names it too
+why=$front/why   # the last words of model-fetch, then of TEI
 mount=/mlflow-models
 link=/model/current
 cache=/cache
 
 say() { printf 'start: %s\n' "$*" >&2; }
 
+# The log's last line is also the reason that Kubernetes shows, and so the LLM gateway.
+give_up() { # status, reason
+  say "$2"
+  printf '%s\n' "$2" 2>/dev/null >"${MODEL_FETCH_TERMINATION_LOG:-/dev/termination-log}" || true
+  end "$1"
+}
+
 # Processes
 
 nginx_pid='' worker_pid='' # worker: model-fetch, then TEI
+serving='' # yes: TEI has been started
 
 end() { # status: what the platform sees
   trap '' TERM INT QUIT
@@ -34,6 +43,11 @@ end() { # status: what the platform sees
 drain() {
   trap '' TERM INT QUIT
   say "stopping: requests in flight are finished"
+  # From now on no model is listed here, and the LLM gateway's proxy looks every 5 s.
+  if [ -n "$serving" ]; then
+    rm -f "$front/answers/models.json"
+    if [ "$DEPLOYMENT" = component ]; then sleep 5; fi
+  fi
   if [ -n "$nginx_pid" ] && kill -QUIT "$nginx_pid" 2>/dev/null; then wait "$nginx_pid"; fi
   if [ -n "$worker_pid" ] && kill -TERM "$worker_pid" 2>/dev/null; then wait "$worker_pid"; fi
   exit 0
@@ -46,12 +60,17 @@ wait_for_worker() {
   wait -n -p ended $worker_pid "$nginx_pid"
   status=$?
   if [ "$ended" = "$nginx_pid" ]; then
-    say "nginx ended with $status"
     nginx_pid=''
-    end 1
+    give_up 1 "nginx ended with $status"
   fi
   worker_pid=''
   return "$status"
+}
+
+not_served() { # status, program
+  local said
+  said=$(tail -n 1 "$why" 2>/dev/null)
+  give_up "$(($1 == 0 ? 1 : $1))" "$wanted is not served: $2 ended with $1${said:+: $said}"
 }
 
 # Which model
@@ -63,8 +82,7 @@ if [ "$DEPLOYMENT" = component ]; then
   # The LLM gateway names the model of each pod that it starts.
   wanted=${MODEL_ID:-}
   if [ -n "$wanted" ] && ! is_model "$wanted"; then
-    say "MODEL_ID is not the name of a model"
-    exit 2
+    give_up 2 "MODEL_ID is not the name of a model"
   fi
 elif [ -n "${MODEL_ID:-}" ] && [ "$MODEL_ID" != "$MODEL" ]; then
   # The platform may lose or keep an old value when it writes its manifests anew.
@@ -102,18 +120,17 @@ if [ "$wanted" != "$MODEL" ]; then
   FLAGS=("${kept[@]}")
 fi
 export MLFLOW_TRACKING_URI=${MLFLOW_TRACKING_URI:-$DEFAULT_TRACKING_URI}
-if [ -n "${SEAWEEDFS_ENDPOINT:-}" ] && [ -z "${AWS_ACCESS_KEY_ID:-}" ]; then
-  case $SEAWEEDFS_ENDPOINT in
-    *://*) export MLFLOW_S3_ENDPOINT_URL=$SEAWEEDFS_ENDPOINT ;;
-    *) export MLFLOW_S3_ENDPOINT_URL=http://$SEAWEEDFS_ENDPOINT ;;
-  esac
-  export AWS_ACCESS_KEY_ID=${SEAWEEDFS_ACCESS_KEY:-} AWS_SECRET_ACCESS_KEY=${SEAWEEDFS_SECRET_KEY:-}
+# What is not in the mount comes from the store behind it: MLflow's artifacts are in JuiceFS, whose
+# gateway takes the platform's admin user and password (thinkube df35039, juicefs/12_deploy_mlflow_gateway.yaml).
+if [ -z "${AWS_ACCESS_KEY_ID:-}" ] && [ -n "${ADMIN_PASSWORD:-}" ]; then
+  export MLFLOW_S3_ENDPOINT_URL=${MLFLOW_S3_ENDPOINT_URL:-$ARTIFACT_STORE}
+  export AWS_ACCESS_KEY_ID=$ARTIFACT_STORE_USER AWS_SECRET_ACCESS_KEY=$ADMIN_PASSWORD
 fi
-fetch=(--pin "$pin" --cache "$cache" --link "$link" --log-format json)
+fetch=(--pin "$pin" --cache "$cache" --link "$link" --log-format json --termination-log "$why")
 if [ -d "$mount" ]; then fetch+=(--mount "$mount"); fi
 python3 -m model_fetch "${fetch[@]}" &
 worker_pid=$!
-wait_for_worker || end $?
+wait_for_worker || not_served $? model-fetch
 
 # TEI
 
@@ -130,11 +147,19 @@ environment=()
 for name in PATH HOME LANG TZ LOG_LEVEL RUST_BACKTRACE LD_LIBRARY_PATH USE_FLASH_ATTENTION API_KEY ${!NVIDIA_@} ${!CUDA_@}; do
   if [ -n "${!name:-}" ]; then environment+=("$name=${!name}"); fi
 done
+# TEI says on standard error why it ends: the last line of it is kept for the reason.
+exec 3> >(while IFS= read -r line; do
+  printf '%s\n' "$line" >&2
+  if [ -n "$line" ]; then printf '%s\n' "$line" >"$why"; fi
+done)
+reader_pid=$!
+: >"$why"
 env -i "${environment[@]}" "${tei[@]}" --model-id="$link" --served-model-name="$wanted" \
-  --hostname=127.0.0.1 --port=8355 "${FLAGS[@]}" &
+  --hostname=127.0.0.1 --port=8355 "${FLAGS[@]}" 2>&3 3>&- &
 worker_pid=$!
+exec 3>&-
+serving=yes
 wait_for_worker
 status=$?
-say "TEI ended with $status"
-if [ "$status" = 0 ]; then status=1; fi
-end "$status"
+wait "$reader_pid"
+not_served "$status" TEI
