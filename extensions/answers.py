@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from . import accelerator, compatibility, sizing, thinkube
+from . import accelerator, compatibility, edge, sizing, thinkube
 from .errors import ConfigurationError, UnsuitableModelError
 from .pin import Pin
 
@@ -23,6 +23,8 @@ _HUB_NAME = r"[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.)){0,95}"
 _PORT = (
     r"(:([1-9][0-9]{0,3}|[1-5][0-9]{4}|6([0-4][0-9]{3}|5([0-4][0-9]{2}|5([0-2][0-9]|3[0-5])))))?"
 )
+_LABEL_NAME = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
+_LABEL = rf"({_DNS_NAME}/)?{_LABEL_NAME}=({_LABEL_NAME})?"
 _SHOWN_CHARACTERS = 60
 
 
@@ -52,6 +54,10 @@ class Rule:
 def _one_of(*values: str) -> Rule:
     return Rule(choices=lambda: values)
 
+
+_NAMESPACES = Rule(
+    "a list of namespaces: separate their names by spaces", rf"({_DNS_LABEL}( {_DNS_LABEL})*)?"
+)
 
 COMPONENTS = (
     "monitoring",
@@ -119,11 +125,32 @@ RULES: dict[str, Rule] = {
         "the name of a StorageClass, or empty for the cluster's own", rf"({_DNS_NAME})?"
     ),
     "runtime_class_name": Rule("the name of a RuntimeClass, or empty for none", rf"({_DNS_NAME})?"),
-    "allowed_namespaces": Rule(
-        "a list of namespaces: separate their names by spaces", rf"({_DNS_LABEL}( {_DNS_LABEL})*)?"
+    "allowed_namespaces": _NAMESPACES,
+    "gateway_listener": Rule(
+        "a listener of a Gateway: use namespace/gateway/listener, or namespace/gateway for all of them",
+        rf"{_DNS_LABEL}/{_DNS_NAME}(/{_DNS_NAME})?",
+    ),
+    "ingress_class": Rule(
+        "the name of an IngressClass, or empty for the cluster's own", rf"({_DNS_NAME})?"
+    ),
+    "tls_issuer": Rule("the name of a ClusterIssuer, or empty for none", rf"({_DNS_NAME})?"),
+    "edge_namespaces": _NAMESPACES,
+    "prometheus_namespace": Rule("a Kubernetes namespace", _DNS_LABEL),
+    "prometheus_labels": Rule(
+        "a list of labels: use key=value, separated by spaces", rf"({_LABEL}( {_LABEL})*)?"
+    ),
+    "image_pull_secret": Rule("the name of a Secret, or empty for none", rf"({_DNS_NAME})?"),
+    "ca_config_map": Rule("the name of a ConfigMap, or empty for none", rf"({_DNS_NAME})?"),
+    "repository_url": Rule(
+        "an address of files: use https://host/path, or nothing",
+        rf"(https?://{_DNS_NAME}{_PORT}(/[A-Za-z0-9._~-]+)*/?)?",
+        secret=True,
     ),
 }
 """Every answer that a person gives, but for yes/no questions: those take any text (Copier's rule)."""
+
+YES_OR_NO = ("accept_license", "open_to_everyone")
+"""Answers that are read with `truth`."""
 
 
 def _shown(value: object, rule: Rule) -> str:
@@ -190,6 +217,8 @@ def check_together(given: Mapping[str, Any], pin: Pin) -> None:
             "components: autoscaling-hpa and autoscaling-keda would fight over the replicas: "
             "choose one."
         )
+    if refused_edge := edge.problem(components, truth(given.get("open_to_everyone", False))):
+        raise refused_edge
     licence = pin.facts.license or ""
     if "-nc-" in licence and not truth(given["accept_license"]):
         raise ConfigurationError(

@@ -1,4 +1,8 @@
-"""What the pod must reach, for the NetworkPolicy: MLflow, its store and its login; nothing else."""
+"""What the pod must reach, for the NetworkPolicy: MLflow, its store and its login; nothing else.
+
+A policy is matched with the pod's port behind a Service, which the Service's own does not tell: a Service
+on 80 in front of MLflow on 5000 is usual. So inside the cluster the namespace is named, and no port.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,11 @@ from urllib.parse import urlsplit
 
 from .pin import Pin
 
-_STORE_PORTS = (443, 8333, 9000)
-"""HTTPS, SeaweedFS and MinIO."""
+_STORE_PORTS = (80, 443, 8333, 9000)
+"""HTTP, HTTPS, SeaweedFS and MinIO."""
+
+_LOGIN_PORTS = (80, 443, 8080, 8443)
+"""HTTP, HTTPS and Keycloak's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +26,7 @@ class Egress:
 
     reason: str
     ports: tuple[int, ...]
-    """TCP. Of the pods behind a Service these may be other than the Service's own."""
+    """TCP; empty for any."""
 
     namespace: str | None
     """Of the cluster. None: any address."""
@@ -31,13 +38,14 @@ def destinations(pin: Pin, given: Mapping[str, Any]) -> Iterator[Egress]:
     port = uri.port or (443 if uri.scheme == "https" else 80)
     labels = (uri.hostname or "").split(".")
     if len(labels) > 2 and labels[2] == "svc":
-        yield Egress("MLflow", (port,), labels[1])
+        yield Egress("MLflow", (), labels[1])
     elif len(labels) == 1:
-        yield Egress("MLflow", (port,), given["namespace"])
+        yield Egress("MLflow", (), given["namespace"])
     else:
         yield Egress("MLflow, outside the cluster", (port,), None)
     if given["mlflow_auth"] == "keycloak":
-        yield Egress("Keycloak, for the login", (443,), None)
-    from_s3 = pin.artifact_uri is None or pin.artifact_uri.startswith("s3:")
-    if given["model_storage"] != "mount" and from_s3:
+        yield Egress("Keycloak, for the login", _LOGIN_PORTS, None)
+    # Also where MLflow proxies its artifacts: it may answer with a presigned address of its S3 store.
+    local = (pin.artifact_uri or "").startswith(("file:", "/"))
+    if given["model_storage"] != "mount" and not local:
         yield Egress("the S3 store of MLflow's artifacts", _STORE_PORTS, None)

@@ -175,7 +175,7 @@ class TextEmbeddings(Extension):
         @pass_context
         def answers_agree(context: Context) -> bool:
             """Check the answers that only make sense together, before a file is written."""
-            given = given_of(context) | {"accept_license": context["accept_license"]}
+            given = given_of(context) | {name: context[name] for name in answers.YES_OR_NO}
             answers.check_together(given, pin_of(context))
             return True
 
@@ -254,6 +254,8 @@ class TextEmbeddings(Extension):
             "usual_platform": usual_platform,
             "usual_thinkube_deployment": usual_thinkube_deployment,
             "objects_folder": objects_folder,
+            "listener": _module("edge").listener,
+            "labels_of": _module("edge").split_pairs,
         }
         environment.globals.update({name: _spoken(f) for name, f in functions.items()})
         environment.filters.update(

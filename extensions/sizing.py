@@ -13,7 +13,7 @@ from math import ceil
 from typing import Any
 
 from . import accelerator as accelerators
-from . import compatibility
+from . import compatibility, edge
 from .accelerator import Accelerator
 from .egress import Egress, destinations
 from .embedding_model import Facts
@@ -227,6 +227,10 @@ class Plan:
     model_fetch_image: Image
     smoke_image: Image
     egress: tuple[Egress, ...]
+    api_paths: tuple[str, ...]
+    """What is routed from outside."""
+
+    ingress_annotations: Mapping[str, str]
 
     @property
     def args(self) -> tuple[str, ...]:
@@ -292,6 +296,8 @@ def plan(pin: Pin, given: Mapping[str, Any]) -> Plan:
         model_fetch_image=Image(f"{registry}-model-fetch", MODEL_FETCH_VERSION),
         smoke_image=Image(f"{registry}-smoke", SMOKE_VERSION),
         egress=tuple(destinations(pin, given)),
+        api_paths=edge.API_PATHS,
+        ingress_annotations=edge.ingress_annotations(given, request),
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import copier
 import pytest
 import yaml
+from copier.errors import UserMessageError
 
 from extensions import accelerator, answers, catalog
 from extensions.errors import TemplateError
@@ -55,6 +56,11 @@ AXES: dict[str, tuple[Any, ...]] = {
         "http://mlflow:5000",
     ),
     "allowed_namespaces": ("", "apps 2024-01-01"),
+    "gateway_listener": ("gateway-system/gateway/https", "infra/shared"),
+    "ingress": (("", ""), ("nginx", "letsencrypt"), ("haproxy", "")),
+    "edge_namespaces": ("gateway-system", "traefik kube-system"),
+    "prometheus": (("monitoring", ""), ("observability", "release=kube-prometheus-stack team=1")),
+    "image_pull_secret": ("", "registry"),
     "registry": ("answered", "was not at hand"),
     "names": (("text-embeddings", "text-embeddings"), ("no", "2024-01-01")),
 }
@@ -95,6 +101,8 @@ def answers_of(row: dict[str, Any], pin_of: PinOf) -> dict[str, Any]:
     row = dict(row)
     scaling, exposure, options = row.pop("scaling"), row.pop("exposure"), row.pop("options")
     project_name, namespace = row.pop("names")
+    ingress_class, tls_issuer = row.pop("ingress")
+    prometheus_namespace, prometheus_labels = row.pop("prometheus")
     pin = pin_of(row["model_id"])
     if row.pop("registry") == "was not at hand":
         pin = catalog.resolve(row["model_id"], "latest").to_mapping()
@@ -108,6 +116,11 @@ def answers_of(row: dict[str, Any], pin_of: PinOf) -> dict[str, Any]:
         "image_platform": accelerator.for_name(row["accelerator"]).platforms[0],
         "pin": pin,
         "accept_license": True,
+        "open_to_everyone": bool(exposure) and "api-key" not in options,
+        "ingress_class": ingress_class,
+        "tls_issuer": tls_issuer,
+        "prometheus_namespace": prometheus_namespace,
+        "prometheus_labels": prometheus_labels,
     }
 
 
@@ -642,7 +655,7 @@ def test_the_network_policy_opens_what_is_needed_and_nothing_else(every: list[Bu
             if set(spec["policyTypes"]) != {"Ingress", "Egress"}:
                 yield "policyTypes"
             [ingress] = spec["ingress"]
-            if not ingress["from"] or ingress["ports"] != [{"port": "http"}]:
+            if not ingress["from"] or ingress["ports"] != [{"port": "http", "protocol": "TCP"}]:
                 yield "anybody may come in"
             allowed = {
                 name
@@ -650,18 +663,27 @@ def test_the_network_policy_opens_what_is_needed_and_nothing_else(every: list[Bu
                 for expression in peer.get("namespaceSelector", {}).get("matchExpressions", ())
                 for name in expression["values"]
             }
-            listed = set(built.answers["allowed_namespaces"].split())
-            if allowed != {"gateway-system", "ingress-nginx", "monitoring"} | listed:
+            names = ("allowed_namespaces", "edge_namespaces", "prometheus_namespace")
+            listed = {n for name in names for n in built.answers[name].split()}
+            if allowed != listed:
                 yield f"{allowed} may come in"
-            ports = {p["port"] for rule in spec["egress"] for p in rule["ports"]}
-            uri = built.answers["mlflow_tracking_uri"]
-            wanted = {53, 5000 if ":5000" in uri else 443}
-            if built.answers["mlflow_auth"] == "keycloak":
+            anywhere = {
+                p["port"] for rule in spec["egress"] if "to" not in rule for p in rule["ports"]
+            }
+            wanted = {53, 5353}
+            if "example.com" in built.answers["mlflow_tracking_uri"]:
                 wanted |= {443}
+            if built.answers["mlflow_auth"] == "keycloak":
+                wanted |= {80, 443, 8080, 8443}
             if built.row["model_storage"] != "mount":
-                wanted |= {443, 8333, 9000}
-            if ports != wanted:
-                yield f"egress to {ports}, not {wanted}"
+                wanted |= {80, 443, 8333, 9000}
+            if anywhere != wanted:
+                yield f"egress to {anywhere}, not {wanted}"
+            inside = [rule for rule in spec["egress"] if "to" in rule]
+            if len(inside) != ("example.com" not in built.answers["mlflow_tracking_uri"]):
+                yield f"egress inside the cluster: {inside}"
+            if any("ports" in rule for rule in inside):
+                yield "a pod's port is not the Service's"
             selected = spec["podSelector"]["matchLabels"].items()
             labels = built.one("Deployment")["spec"]["template"]["metadata"]["labels"]
             if not selected <= labels.items():
@@ -669,6 +691,64 @@ def test_the_network_policy_opens_what_is_needed_and_nothing_else(every: list[Bu
 
     assert problems(every, check) == []
     assert any(built.of_kind("NetworkPolicy") for built in every)
+
+
+OPERATORS_OWN = {"/", "/health", "/ping", "/info", "/metrics", "/docs", "/api-doc/openapi.json"}
+
+
+def test_only_what_clients_call_is_routed(every: list[Built]) -> None:
+    def check(built: Built) -> Iterator[str]:
+        paths: list[tuple[str, str]] = []
+        for route in built.of_kind("HTTPRoute"):
+            [rule] = route["spec"]["rules"]
+            paths += [(m["path"]["type"], m["path"]["value"]) for m in rule["matches"]]
+            [parent] = route["spec"]["parentRefs"]
+            at = [parent["namespace"], parent["name"], parent.get("sectionName")]
+            if [part for part in at if part] != built.answers["gateway_listener"].split("/"):
+                yield f"attached to {parent}"
+        for ingress in built.of_kind("Ingress"):
+            [rule] = ingress["spec"]["rules"]
+            paths += [(p["pathType"], p["path"]) for p in rule["http"]["paths"]]
+            if ingress["spec"].get("ingressClassName", "") != built.answers["ingress_class"]:
+                yield "another class"
+            notes = ingress["metadata"].get("annotations", {})
+            if any(name.startswith("nginx.ingress.kubernetes.io") for name in notes):
+                yield "annotations of a retired controller"
+            if built.answers["ingress_class"] and not any("timeout" in name for name in notes):
+                yield "the controller's own timeout cuts long requests off"
+            issuer = notes.get("cert-manager.io/cluster-issuer", "")
+            if issuer != built.answers["tls_issuer"]:
+                yield f"the certificate is from {issuer}"
+        if any(kind != "Exact" for kind, _ in paths):
+            yield "more than the paths themselves"
+        routed = {path for _, path in paths}
+        if paths and (not {"/v1/embeddings", "/embed"} <= routed or routed & OPERATORS_OWN):
+            yield f"{routed}"
+
+    assert problems(every, check) == []
+
+
+@pytest.mark.parametrize("routed", ["gateway", "ingress"])
+def test_an_open_route_is_asked_for_explicitly(routed: str, pin_of: PinOf, render: Any) -> None:
+    model = "BAAI/bge-base-en-v1.5"
+    given = {"model_id": model, "pin": pin_of(model), "components": [routed]}
+    with pytest.raises(UserMessageError, match="add api-key, or answer open_to_everyone=true"):
+        render(**given)
+    assert render(**given, open_to_everyone=True).exists()
+    assert render(**given | {"components": [routed, "api-key"]}).exists()
+
+
+def test_who_selects_by_labels_and_pulls_with_a_secret_finds_them(every: list[Built]) -> None:
+    def check(built: Built) -> Iterator[str]:
+        wanted = dict(p.split("=") for p in built.answers["prometheus_labels"].split()).items()
+        for item in built.of_kind("PodMonitor") + built.of_kind("PrometheusRule"):
+            if not wanted <= item["metadata"]["labels"].items():
+                yield f"Prometheus does not find {item['kind']}"
+        secrets = [s["name"] for s in built.one("ServiceAccount").get("imagePullSecrets", ())]
+        if secrets != built.answers["image_pull_secret"].split():
+            yield f"pulls with {secrets}"
+
+    assert problems(every, check) == []
 
 
 def test_selectors_find_the_pods(every: list[Built]) -> None:

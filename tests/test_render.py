@@ -25,6 +25,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {},
     {
         "components": ["monitoring", "autoscaling-keda", "gateway", "network-policy"],
+        "open_to_everyone": True,
         "replicas": "2",
     },
     {"components": ["ingress", "api-key", "gpu-toleration"], "mlflow_auth": "keycloak"},

@@ -237,7 +237,7 @@ def test_an_option_comes_and_goes_with_its_files(empty: Repository) -> None:
     project = rendered(empty, sys.executable)
     before = project.tree()
     folder = project.folder / "k8s/components/ingress"
-    project.updated(arguments="--data components=[ingress]")
+    project.updated(arguments="--data components=[ingress] --data open_to_everyone=true")
     assert (folder / "ingress.yaml").is_file()
     assert "  - components/ingress\n" in project.tree()["k8s/kustomization.yaml"]
     project.commit("with it")
