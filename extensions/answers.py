@@ -139,6 +139,10 @@ RULES: dict[str, Rule] = {
     "prometheus_labels": Rule(
         "a list of labels: use key=value, separated by spaces", rf"({_LABEL}( {_LABEL})*)?"
     ),
+    "longest_input": Rule(
+        "a number of tokens: use 512 to 999999, or nothing",
+        r"(51[2-9]|5[2-9][0-9]|[6-9][0-9]{2}|[1-9][0-9]{3,5})?",
+    ),
     "image_pull_secret": Rule("the name of a Secret, or empty for none", rf"({_DNS_NAME})?"),
     "ca_config_map": Rule("the name of a ConfigMap, or empty for none", rf"({_DNS_NAME})?"),
     "repository_url": Rule(

@@ -2,13 +2,15 @@
 
 Pure arithmetic: nothing here reads a file or asks a server. Each rule says where it is from:
 "TEI" with a file name is huggingface/text-embeddings-inference at
-0d124dc9773be6ac5a9a57d8439aba9bbbf33273; "assumed" is an estimate of ours, on the safe side.
+0d124dc9773be6ac5a9a57d8439aba9bbbf33273; "measured" says when and on what; "assumed" is an estimate
+of ours, on the safe side.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from math import ceil
 from typing import Any
 
@@ -28,8 +30,15 @@ _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _DEFAULT_BATCH_TOKENS = 16384
 """TEI's own (router/src/main.rs)."""
 
-_SMALLEST_BATCH_TOKENS = 2048
-"""Less leaves a GPU idle, and cuts inputs that most models take whole. Assumed."""
+_SMALLEST_BATCH_TOKENS = {True: 2048, False: 512}
+"""By whether it is a GPU, which less would leave idle, and cut inputs that most models take whole (assumed).
+
+On a CPU batching gains nothing: 0.18 to 0.21 CPU seconds per text of MiniLM and 1.98 to 2.06 of BERT-base
+from one text in a batch to four (measured 2026-11-25, 2 cores).
+"""
+
+_CPU_BATCH_INPUTS = 4
+"""Inputs per batch on a CPU, whatever is asked for (TEI backends/candle/src/lib.rs, max_batch_size)."""
 
 _USED_OF_GPU = 0.9
 """Of a GPU's own memory; the rest is the driver's and fragmentation. Assumed."""
@@ -46,8 +55,11 @@ _CPU_ACTIVATION_BYTES = 8 * GIB
 _CUDA_BYTES = GIB
 """CUDA context, kernels and cuBLAS workspace on the GPU. Assumed."""
 
-_PROCESS_BYTES = 512 * MIB
-"""TEI itself, requests and responses in flight. Assumed."""
+_PROCESS_BYTES = {True: 512 * MIB, False: 96 * MIB}
+"""TEI itself, requests and responses in flight, by whether there is a GPU (assumed there).
+
+On a CPU MiniLM took 154 MiB in all with 16 texts and 244 with 1,024 in the queue (measured 2026-11-25).
+"""
 
 _BYTES_PER_TOKEN_OF_VOCABULARY = 600
 """Of one copy of the tokenizer in memory; each worker has its own (TEI #766). Assumed."""
@@ -56,7 +68,10 @@ _DEFAULT_VOCABULARY = 256_000
 """Tokens, where the model does not say."""
 
 _SUSTAINED_FLOPS = {True: 20e12, False: 0.1e12}
-"""Operations per second that any GPU of the table, or four CPU cores, keep up at least. Assumed."""
+"""Operations per second that any GPU of the table (assumed), or four CPU cores, keep up at least.
+
+One core did 54e9 to 58e9 with MiniLM and BERT-base, without MKL (measured 2026-11-25): half of four.
+"""
 
 _SLOW_GPU_FLOPS = 1e12
 """Operations per second that no GPU falls below at a full batch, and no CPU pod of this size reaches."""
@@ -78,6 +93,16 @@ _USUAL_INPUT_TOKENS = 512
 
 _CONCURRENT_CLIENTS = 8
 """That send full batches at the same time. Assumed."""
+
+_SHORT_BATCH_SECONDS = 5
+"""Longest batch behind which a health check may wait. Assumed."""
+
+PROBE_SECONDS = 5
+"""Between two readiness or liveness probes, and until one has failed."""
+
+PROBE_FAILURES = 4
+"""In a row: 25 s at most, and a process that hangs is killed 30 s later. /metrics answered within
+23 ms beside 4 clients with batches of seconds (measured 2026-11-25, load 17 on 2 cores)."""
 
 PORT = 8355
 PRE_STOP_SECONDS = 15
@@ -114,6 +139,16 @@ class Resources:
     memory_limit_mib: int
     reason: str
     """How the memory adds up."""
+
+    @property
+    def memory_request(self) -> str:
+        """Kubernetes quantity of `memory_request_mib`."""
+        return _quantity(self.memory_request_mib)
+
+    @property
+    def memory_limit(self) -> str:
+        """Kubernetes quantity of `memory_limit_mib`."""
+        return _quantity(self.memory_limit_mib)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +189,7 @@ class Claim:
     """The PersistentVolumeClaim of the models."""
 
     name: str
-    """Holds size and access, which a claim cannot change: another size is another claim."""
+    """Holds size, access and class, which a claim cannot change: another size is another claim."""
 
     access_mode: str
     """ReadWriteOnce, or ReadWriteMany as soon as two pods may stand on two nodes."""
@@ -183,8 +218,16 @@ class Plan:
     startup_failures: int
     """Probes, 5 s apart, that may fail while TEI loads."""
 
-    liveness_failures: int
-    """Probes, 30 s apart, that may fail before the container is started anew."""
+    probe_seconds: int
+    """Period and timeout of the readiness and the liveness probe."""
+
+    probe_failures: int
+
+    readiness_path: str
+    """Answered at once, whatever is computed."""
+
+    liveness_path: str
+    """/health, which computes a token after a failed inference, where no batch keeps it waiting."""
 
     request_seconds: int
     """Longest request: what routes let live, and what a drain waits for."""
@@ -213,8 +256,11 @@ class Plan:
     queue_target: int
     """Inputs waiting per pod, above which another pod is worth starting: one full batch."""
 
+    batch_seconds: float
+    """Longest batch, at the slowest sustained speed."""
+
     slo_seconds: int
-    """99 % of requests are answered within."""
+    """A request takes no longer than this for each of its inputs, on average."""
 
     slow_base_seconds: float
     """A batch on a GPU never takes longer than this plus `slow_token_seconds` per token."""
@@ -248,7 +294,7 @@ def plan(pin: Pin, given: Mapping[str, Any]) -> Plan:
     gpu = accelerators.for_name(given["accelerator"])
     facts = pin.facts
     dtype = serving_dtype(facts, gpu)
-    batch_tokens = max_batch_tokens(pin, gpu)
+    batch_tokens = _batch_tokens(pin, gpu, given)
     served = min(facts.max_input_tokens or batch_tokens, batch_tokens)
     client_batch = max_client_batch_size(facts, gpu)
     memory = memory_needed(facts, gpu, batch_tokens)
@@ -257,9 +303,16 @@ def plan(pin: Pin, given: Mapping[str, Any]) -> Plan:
     autoscaled = any(c.startswith("autoscaling-") for c in given["components"])
     pooling = given["pooling"] if given["pooling"] != "auto" else str(facts.pooling)
     request = request_seconds(facts, gpu)
+    longest_batch = batch_seconds(facts, gpu, batch_tokens)
+    edits = given["tei_image"] == "build" and given.get("tei_edits", False)
     startup = startup_seconds(facts, gpu, batch_tokens)
     fetch_seconds = ceil(_stored_bytes(facts) / _FETCH_BYTES_PER_SECOND)
-    claim = model_claim(facts, given["project_name"], shared=replicas > 1 or autoscaled)
+    claim = model_claim(
+        facts,
+        given["project_name"],
+        shared=replicas > 1 or autoscaled,
+        storage_class=given.get("storage_class", ""),
+    )
     registry = f"{given['container_registry']}/{given['project_name']}"
     return Plan(
         flags=tuple(
@@ -275,7 +328,13 @@ def plan(pin: Pin, given: Mapping[str, Any]) -> Plan:
         model_fetch=model_fetch_resources(pin),
         gpus=1 if gpu.is_gpu else 0,
         startup_failures=ceil(startup / 5),
-        liveness_failures=max(4, ceil(request / 30) + 1),
+        probe_seconds=PROBE_SECONDS,
+        probe_failures=PROBE_FAILURES,
+        readiness_path="/metrics",
+        # An unpatched TEI ends when eight health checks wait (its issue 424), so it is never asked.
+        liveness_path="/health"
+        if gpu.is_gpu and edits and longest_batch <= _SHORT_BATCH_SECONDS
+        else "/metrics",
         request_seconds=request,
         pre_stop_seconds=PRE_STOP_SECONDS,
         grace_seconds=PRE_STOP_SECONDS + request + 5,
@@ -287,8 +346,11 @@ def plan(pin: Pin, given: Mapping[str, Any]) -> Plan:
         min_replicas=replicas,
         max_replicas=2 * replicas,
         scale_up_seconds=min(600, startup),
-        queue_target=max(4, batch_tokens // _USUAL_INPUT_TOKENS),
-        slo_seconds=slo_seconds(facts, gpu, batch_tokens),
+        queue_target=max(_CPU_BATCH_INPUTS, batch_tokens // _USUAL_INPUT_TOKENS)
+        if gpu.is_gpu
+        else _CPU_BATCH_INPUTS,
+        batch_seconds=longest_batch,
+        slo_seconds=max(1, ceil(2 * longest_batch)),
         slow_base_seconds=0.02,
         slow_token_seconds=2 * _parameters(facts) / _SLOW_GPU_FLOPS,
         tei_image=_tei_image(gpu, given),
@@ -311,7 +373,7 @@ def problem(pin: Pin, given: Mapping[str, Any]) -> TemplateError | None:
             "add monitoring."
         )
     try:
-        max_batch_tokens(pin, accelerators.for_name(given["accelerator"]))
+        _batch_tokens(pin, accelerators.for_name(given["accelerator"]), given)
     except TemplateError as error:
         return error
     return None
@@ -406,29 +468,40 @@ def available_bytes(gpu: Accelerator) -> float:
     return whole - _UNIFIED_RESERVE_BYTES if gpu.unified_memory else whole * _USED_OF_GPU
 
 
-def max_batch_tokens(pin: Pin, gpu: Accelerator) -> int:
+def _batch_tokens(pin: Pin, gpu: Accelerator, given: Mapping[str, Any]) -> int:
+    """`max_batch_tokens`, with inputs cut on a CPU where that was answered."""
+    return max_batch_tokens(pin, gpu, int(given.get("longest_input") or 0))
+
+
+def max_batch_tokens(pin: Pin, gpu: Accelerator, longest_input: int = 0) -> int:
     """Tokens per batch that fit next to the weights.
 
     TEI's warm-up allocates exactly this many on a GPU (TEI backends/src/lib.rs), so too many is an
     out-of-memory crash at start; and it never takes an input longer than this.
 
-    Returns: tokens; TEI's default or the model's longer context, else the largest power of two that
-    fits, down to 2,048.
+    Args: longest_input: tokens at which inputs are cut on a CPU; 0: as long as the model takes.
+    Returns: tokens; on a GPU TEI's default or the model's longer context, on a CPU the longest
+    input, else the largest power of two that fits, down to 2,048 on a GPU and 512 on a CPU.
     Raises: UnsuitableModelError when not even that fits: what it needs, what there is, what fits.
     """
     facts = pin.facts
-    first = max(_DEFAULT_BATCH_TOKENS, facts.max_input_tokens or 0)
-    powers = [1 << n for n in range(16, 10, -1) if 1 << n < first]
+    least = _SMALLEST_BATCH_TOKENS[gpu.is_gpu]
+    first = facts.max_input_tokens or least
+    if gpu.is_gpu:
+        first = max(_DEFAULT_BATCH_TOKENS, first)
+    else:
+        first = max(least, min(first, longest_input or first))
+    powers = [1 << n for n in range(16, 8, -1) if least <= 1 << n < first]
     for wanted in (True, False):
         for tokens in (first, *powers):
             if _fits(facts, gpu, tokens, wanted):
                 return tokens
-    needed = memory_needed(facts, gpu, _SMALLEST_BATCH_TOKENS).total / GIB
+    needed = memory_needed(facts, gpu, least).total / GIB
     fitting = [
         a.name
         for a in accelerators.load().values()
         if a.is_gpu
-        and _fits(facts, a, _SMALLEST_BATCH_TOKENS, wanted=False)
+        and _fits(facts, a, _SMALLEST_BATCH_TOKENS[True], wanted=False)
         and not compatibility.refusal(compatibility.check_hardware(facts.architecture, a))
     ]
     has = (
@@ -447,34 +520,45 @@ def tei_resources(facts: Facts, gpu: Accelerator, memory: Memory, workers: int) 
 
     A GPU's own memory is not the pod's. Unified memory is: whether the kernel charges CUDA's
     allocations to the pod is not settled, so the limit holds them, once. The pages of the mapped
-    weights are charged too, so they are counted where the weights end up elsewhere.
+    weights are charged too, so they are counted where the weights end up elsewhere. On a CPU they are
+    given back as batches need their room, so the larger of both counts: 305 MiB of MiniLM, where 244
+    were in use at most, 966 of BERT-base (968), 4,714 of XLM-RoBERTa large (4,069), all measured
+    2026-11-25 with four longest inputs in a batch.
     """
     tokenizers = (
         workers * (facts.vocab_size or _DEFAULT_VOCABULARY) * _BYTES_PER_TOKEN_OF_VOCABULARY
     )
-    needed = _PROCESS_BYTES + tokenizers
+    needed = _PROCESS_BYTES[gpu.is_gpu] + tokenizers
     parts = [f"{_mib(needed)} MiB for TEI and {workers} tokenizers"]
     if gpu.is_gpu:
         needed += _CUDA_BYTES
         parts.append(f"{_mib(_CUDA_BYTES)} MiB for CUDA on the host")
-    if gpu.unified_memory or not gpu.is_gpu:
+    passing = 0
+    if not gpu.is_gpu:
+        needed += memory.weights + max(memory.activations, _stored_bytes(facts))
+        parts.append(
+            f"{_mib(memory.weights)} MiB of weights in {serving_dtype(facts, gpu)}, "
+            f"{_mib(memory.activations)} MiB for one full batch or, if more, "
+            f"{_mib(_stored_bytes(facts))} MiB of the file that they are read from"
+        )
+    elif gpu.unified_memory:
         needed += memory.total
-        passing = 0
         parts.append(
             f"{_mib(memory.weights)} MiB of weights in {serving_dtype(facts, gpu)}, "
             f"{_mib(memory.activations)} MiB for one full batch"
         )
-        if gpu.is_gpu:
-            parts.append(f"{_mib(memory.overhead)} MiB for CUDA in the unified memory")
+        parts.append(f"{_mib(memory.overhead)} MiB for CUDA in the unified memory")
     else:
         passing = _stored_bytes(facts)
         parts.append(f"up to {_mib(passing)} MiB of weights on their way to the GPU")
+    step = 256 if gpu.is_gpu else 32
+    headroom, share = (needed // 4, "a quarter") if gpu.is_gpu else (needed // 2, "a half")
     return Resources(
         cpu_request="2" if gpu.is_gpu else "4",
         cpu_limit="4",
-        memory_request_mib=_rounded_mib(needed),
-        memory_limit_mib=_rounded_mib(needed * 5 // 4 + passing),
-        reason=f"{', '.join(parts)}; the limit is a quarter above that",
+        memory_request_mib=_rounded_mib(needed, step),
+        memory_limit_mib=_rounded_mib(needed + headroom + passing, step),
+        reason=f"{', '.join(parts)}; the limit is {share} above that",
     )
 
 
@@ -497,9 +581,14 @@ def _mib(size: int) -> int:
     return ceil(size / MIB)
 
 
-def _rounded_mib(size: int) -> int:
-    """Up to a multiple of 256 MiB."""
-    return 256 * ceil(size / (256 * MIB))
+def _rounded_mib(size: int, step: int) -> int:
+    """Up to a multiple of `step` MiB."""
+    return step * ceil(size / (step * MIB))
+
+
+def _quantity(mib: int) -> str:
+    """As Kubernetes stores it, so that an apply of the same is no change: 1Gi, never 1024Mi."""
+    return f"{mib}Mi" if mib % 1024 else f"{mib // 1024}Gi"
 
 
 # Time
@@ -531,21 +620,21 @@ def startup_seconds(facts: Facts, gpu: Accelerator, batch_tokens: int) -> int:
     """Budget from the start of TEI's process to its first answer.
 
     Two minutes for CUDA and its kernels' first compilation (14 s were reported from a Spark with a
-    warm cache), reading the weights from a slow volume, and the warm-up, which TEI runs on GPUs
-    alone, with three times the operations of the weights for attention.
+    warm cache), reading the weights from a slow volume, and the warm-up (TEI backends/src/lib.rs): of
+    a full batch on a GPU, of the longest input on a CPU, with three times the operations of the
+    weights for attention. XLM-RoBERTa large with 4,096 tokens took 90 CPU seconds, 182 s on two
+    busy cores (measured 2026-11-25); this says 139.
     """
     reading = _stored_bytes(facts) / _LOAD_BYTES_PER_SECOND
-    warm_up = 3 * 2 * _parameters(facts) * batch_tokens / _SUSTAINED_FLOPS[True]
-    return ceil(120 + reading + (warm_up if gpu.is_gpu else 0))
+    tokens = (
+        batch_tokens if gpu.is_gpu else min(facts.max_input_tokens or batch_tokens, batch_tokens)
+    )
+    return ceil(120 + reading + 3 * batch_seconds(facts, gpu, tokens))
 
 
-def slo_seconds(facts: Facts, gpu: Accelerator, batch_tokens: int) -> int:
-    """Objective for 99 % of requests: two full batches at the slowest sustained speed.
-
-    Returns: seconds, 1 to 10; TEI's histogram ends at 14.6 s (router/src/prometheus.rs).
-    """
-    batches = 2 * 2 * _parameters(facts) * batch_tokens / _SUSTAINED_FLOPS[gpu.is_gpu]
-    return min(10, max(1, ceil(batches)))
+def batch_seconds(facts: Facts, gpu: Accelerator, batch_tokens: int) -> float:
+    """The longest batch, at the slowest sustained speed: 2 operations per parameter and token."""
+    return 2 * _parameters(facts) * batch_tokens / _SUSTAINED_FLOPS[gpu.is_gpu]
 
 
 # Storage and images
@@ -556,16 +645,20 @@ def _folder_bytes(facts: Facts) -> int:
     return 2 * _stored_bytes(facts) + 256 * MIB
 
 
-def model_claim(facts: Facts, project_name: str, shared: bool) -> Claim:
+def model_claim(facts: Facts, project_name: str, shared: bool, storage_class: str = "") -> Claim:
     """A volume for two versions, since old and new meet in a rollout.
 
-    Size and access mode of a claim cannot be changed at will, and the volume is a cache: so both
-    are part of the name, and a change makes a new claim. Sizes are powers of two, to be rare.
+    Size, access mode and StorageClass of a claim cannot be changed at will, and the volume is a
+    cache: so all are part of the name, and a change makes a new claim. Sizes are powers of two, to
+    be rare.
     """
     size = 16
     while size * GIB < 2 * _folder_bytes(facts):
         size *= 2
-    name = f"{project_name}-models-{'shared-' if shared else ''}{size}gi"
+    parts = (storage_class, "shared" if shared else "", f"{size}gi")
+    name = "-".join([project_name, "models", *filter(None, parts)])
+    if len(name) > 253:  # of an object's name
+        name = f"{project_name}-models-{sha256(name.encode()).hexdigest()[:16]}"
     return Claim(name, "ReadWriteMany" if shared else "ReadWriteOnce", size)
 
 
@@ -617,7 +710,7 @@ def _flags(
         str(batch_tokens),
         f"Fits the memory next to the weights; the warm-up proves it at start{cut}"
         if gpu.is_gpu
-        else f"Keeps a batch within {_CPU_ACTIVATION_BYTES // GIB} GiB{cut}",
+        else f"The longest input: a CPU gains nothing from more in a batch, and all wait for it{cut}",
     )
     yield Flag(
         "--max-client-batch-size",

@@ -87,7 +87,9 @@ def deployment(pin: Pin, given: Mapping[str, Any]) -> Deployment:
     plan = sizing.plan(pin, given)
     platforms = given["accelerator"], given["image_platform"]
     in_base = given["tei_image"] == "official" and platforms in _IN_BASE_IMAGE
-    fits = (name for name, mib in _SIZES_MIB.items() if plan.tei.memory_limit_mib <= mib)
+    # model-fetch runs in the same container, before TEI.
+    memory_mib = max(plan.tei.memory_limit_mib, plan.model_fetch.memory_limit_mib)
+    fits = (name for name, mib in _SIZES_MIB.items() if memory_mib <= mib)
     component = given["thinkube_deployment"] == "component"
     return Deployment(
         base_image=_BASE_IMAGE if in_base else plan.tei_image.reference,

@@ -61,6 +61,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "edge_namespaces": ("gateway-system", "traefik kube-system"),
     "prometheus": (("monitoring", ""), ("observability", "release=kube-prometheus-stack team=1")),
     "image_pull_secret": ("", "registry"),
+    "ca_config_map": ("", "company-ca"),
     "registry": ("answered", "was not at hand"),
     "names": (("text-embeddings", "text-embeddings"), ("no", "2024-01-01")),
 }
@@ -537,10 +538,15 @@ def test_another_version_rolls_the_deployment(every: list[Built], pin_of: PinOf)
 def test_probes_and_drain_fit_each_other(every: list[Built]) -> None:
     def check(built: Built) -> Iterator[str]:
         tei, pod = built.tei, built.pod
-        for name in ("startupProbe", "readinessProbe", "livenessProbe"):
-            if tei[name]["httpGet"] != {"path": "/health", "port": "http"}:
-                yield f"{name} asks elsewhere"
         startup, liveness = tei["startupProbe"], tei["livenessProbe"]
+        if startup["httpGet"] != {"path": "/health", "port": "http"}:
+            yield "startupProbe asks elsewhere"
+        for probe in (tei["readinessProbe"], liveness):
+            if probe["httpGet"]["path"] == "/health" and built.row["tei_image"] == "official":
+                yield "a probe that waits behind batches"
+            hang = probe["periodSeconds"] * (probe["failureThreshold"] + 1)
+            if hang + liveness["terminationGracePeriodSeconds"] > 75:
+                yield "a process that hangs is left alone"
         pin = built.answers["pin"]
         budget = startup["periodSeconds"] * startup["failureThreshold"]
         if budget < 60 + pin["facts"]["weights_bytes"] / 50e6:
@@ -549,8 +555,6 @@ def test_probes_and_drain_fit_each_other(every: list[Built]) -> None:
         longest = pod["terminationGracePeriodSeconds"] - sleep
         if longest < 60:
             yield "a drain cuts requests off"
-        if liveness["periodSeconds"] * liveness["failureThreshold"] <= longest:
-            yield "a long request fails the liveness probe"
         for route in built.of_kind("HTTPRoute"):
             [rule] = route["spec"]["rules"]
             if int(rule["timeouts"]["request"].rstrip("s")) > longest:
@@ -580,7 +584,7 @@ def test_a_gpu_is_asked_for_and_nothing_that_gb10_lacks(every: list[Built]) -> N
     def check(built: Built) -> Iterator[str]:
         gpu = accelerator.for_name(built.row["accelerator"])
         resources = built.tei["resources"]
-        wanted = 1 if gpu.is_gpu else None
+        wanted = "1" if gpu.is_gpu else None
         for bound in ("requests", "limits"):
             if resources[bound].get("nvidia.com/gpu") != wanted:
                 yield f"{bound} of nvidia.com/gpu"
@@ -751,6 +755,45 @@ def test_who_selects_by_labels_and_pulls_with_a_secret_finds_them(every: list[Bu
     assert problems(every, check) == []
 
 
+def test_a_missing_secret_is_named_where_a_login_is_needed(every: list[Built]) -> None:
+    def check(built: Built) -> Iterator[str]:
+        [container] = built.pod["initContainers"]
+        [source] = container["envFrom"]
+        needed = built.answers["mlflow_auth"] != "none"
+        if source["secretRef"].get("optional", False) == needed:
+            yield "optional"
+
+    assert problems(every, check) == []
+
+
+def test_a_private_authority_is_mounted_and_named(every: list[Built]) -> None:
+    def check(built: Built) -> Iterator[str]:
+        [container] = built.pod["initContainers"]
+        file = {v["name"]: v.get("value") for v in container["env"]}
+        mounts = {m["name"]: m["mountPath"] for m in container["volumeMounts"]}
+        volumes = {v["name"]: v for v in built.pod["volumes"]}
+        name = built.answers["ca_config_map"]
+        if ("private-ca" in volumes) != bool(name):
+            yield "volume"
+        elif name and (
+            volumes["private-ca"]["configMap"]["name"] != name
+            or file["MLFLOW_TRACKING_SERVER_CERT_PATH"] != f"{mounts['private-ca']}/ca.crt"
+        ):
+            yield "the file is not where MLflow's client looks"
+
+    assert problems(every, check) == []
+
+
+def test_names_of_two_services_never_meet(every: list[Built]) -> None:
+    def check(built: Built) -> Iterator[str]:
+        name = built.answers["project_name"]
+        for item in built.objects:
+            if not (item["metadata"]["name"] + "-").startswith(f"{name}-"):
+                yield f"{item['kind']} {item['metadata']['name']}"
+
+    assert problems(every, check) == []
+
+
 def test_selectors_find_the_pods(every: list[Built]) -> None:
     def check(built: Built) -> Iterator[str]:
         labels = built.one("Deployment")["spec"]["template"]["metadata"]["labels"].items()
@@ -777,7 +820,7 @@ def test_the_api_key_comes_from_a_secret_and_not_into_the_log(every: list[Built]
         asked = "api-key" in built.answers["components"]
         if ("API_KEY" in env) != asked:
             yield "API_KEY"
-        quiet = "text_embeddings_router=warn" in env["LOG_LEVEL"]["value"]
+        quiet = "text_embeddings_router=warn," in env["LOG_LEVEL"]["value"]
         if asked and not quiet:
             yield "TEI logs its arguments, and with them the key"
 

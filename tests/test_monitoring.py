@@ -18,7 +18,7 @@ from tests.pairwise import rows
 
 ROOT = Path(__file__).parent.parent
 TEI = yaml.safe_load((ROOT / "tests/tei_stub/metrics.yaml").read_text())
-DASHBOARD = ROOT / "template/{{ objects_folder() }}/components/monitoring/text-embeddings.json"
+DASHBOARD = "k8s/components/monitoring/dashboard.json"
 
 PinOf = Callable[..., dict[str, Any]]
 Render = Callable[..., Path]
@@ -115,8 +115,8 @@ def test_every_alert_is_tested_before_during_and_after(rendered: list[Path]) -> 
             for case in test["alert_rule_test"]:
                 minute = int(case["eval_time"].rstrip("m"))
                 if case.get("exp_alerts"):
+                    assert minute >= 55
                     fires.add(case["alertname"])
-                    assert minute == 55
                 else:
                     silent.setdefault(case["alertname"], []).append(minute)
         names = {rule["alert"] for rule in rules(folder)}
@@ -130,7 +130,13 @@ def test_every_alert_is_tested_before_during_and_after(rendered: list[Path]) -> 
         ("== 0", "== 7"),
         ('err="overloaded"', 'err="validation"'),
         ("te_queue_size", "te_queue_length"),
-        ("histogram_quantile(0.99", "histogram_quantile(0.01"),
+        ("te_embed_success", "te_embed_count"),
+        ('err="inference"', 'err=~"inference|tokenization"'),
+        ('err="inference"', 'err=~"inference|dropped"'),
+        ("deployment_spec_replicas{", "deployment_spec_replica{"),
+        (">= 2.5", "> 2"),
+        ('le="1"', 'le="2"'),
+        (" offset ", " offset 1"),
         ("for: 15m", "for: 1m"),
         ('container="model-fetch"', 'container="tei"'),
         ("te_batch_next_tokens_sum", "te_batch_next_size_sum"),
@@ -160,6 +166,19 @@ def test_every_alert_names_its_runbook(rendered: list[Path]) -> None:
             assert (folder / path).is_file()
             assert anchor == rule["alert"].lower()
             assert rule["labels"]["severity"] in ("warning", "critical")
+
+
+def test_the_links_of_alerts_lead_to_the_repository(render: Render, pin_of: PinOf) -> None:
+    folder = render(
+        program=False,
+        model_id="BAAI/bge-base-en-v1.5",
+        pin=pin_of("BAAI/bge-base-en-v1.5"),
+        components=["monitoring"],
+        repository_url="https://git.example.com/team/embeddings/blob/main/",
+    )
+    for rule in rules(folder):
+        wanted = "https://git.example.com/team/embeddings/blob/main/monitoring/README.md#"
+        assert rule["annotations"]["runbook_url"] == wanted + rule["alert"].lower()
 
 
 # Metrics
@@ -207,37 +226,38 @@ def wrong_uses(query: str) -> Iterator[str]:
             yield f"a quantile of {name}"
 
 
-def dashboard_queries() -> list[str]:
-    dashboard = json.loads(DASHBOARD.read_text())
+def dashboard_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / DASHBOARD).read_text())
+    return found
+
+
+def dashboard_queries(folder: Path) -> list[str]:
+    dashboard = dashboard_of(folder)
     targets = [t["expr"] for panel in dashboard["panels"] for t in panel["targets"]]
     variables = [v["query"] for v in dashboard["templating"]["list"] if v["type"] == "query"]
     return targets + [v["query"] for v in variables]
 
 
-def test_the_dashboard_uses_what_tei_emits() -> None:
-    queries = dashboard_queries()
+def test_the_dashboard_uses_what_tei_emits(rendered: list[Path]) -> None:
+    queries = dashboard_queries(rendered[0])
     assert len(queries) > 20
     assert [f"{w}: {q}" for q in queries for w in wrong_uses(q)] == []
 
 
-def test_the_legends_use_labels_of_their_query() -> None:
-    for panel in json.loads(DASHBOARD.read_text())["panels"]:
+def test_the_legends_use_labels_of_their_query(rendered: list[Path]) -> None:
+    for panel in dashboard_of(rendered[0])["panels"]:
         for target in panel["targets"]:
             for label in re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]):
                 grouped = re.search(rf"by \([^)]*\b{label}\b", target["expr"])
                 assert grouped or " by " not in target["expr"], panel["title"]
 
 
-def test_the_dashboard_is_one_that_grafana_can_show() -> None:
-    dashboard = json.loads(DASHBOARD.read_text())
+def test_the_dashboard_is_one_that_grafana_can_show(rendered: list[Path]) -> None:
+    dashboard = dashboard_of(rendered[0])
     panels = dashboard["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
-    assert dashboard["uid"]
-    assert {v["name"] for v in dashboard["templating"]["list"]} == {
-        "datasource",
-        "namespace",
-        "pod",
-    }
+    assert 0 < len(dashboard["uid"]) <= 40  # Grafana's own limit
+    assert {v["name"] for v in dashboard["templating"]["list"]} == {"datasource", "pod"}
     taken: set[tuple[int, int]] = set()
     for panel in panels:
         at = panel["gridPos"]
@@ -251,6 +271,25 @@ def test_the_dashboard_is_one_that_grafana_can_show() -> None:
         taken |= cells
 
 
+def test_two_services_have_two_dashboards(rendered: list[Path]) -> None:
+    for kind in ("uid", "title"):
+        assert len({dashboard_of(folder)[kind] for folder in rendered}) == 2
+    names = {
+        (folder / DASHBOARD).with_name("kustomization.yaml").read_text() for folder in rendered
+    }
+    assert len(names) == 2
+
+
+def test_what_is_shown_before_the_first_request_is_nothing_waiting(rendered: list[Path]) -> None:
+    """TEI's /metrics is empty until then (run on the real server, 2026-11-28)."""
+    for folder in rendered:
+        variables = {v["name"]: v["query"] for v in dashboard_of(folder)["templating"]["list"]}
+        assert "label_values(up{" in str(variables["pod"])
+        for path in (folder / "k8s/components").glob("autoscaling-*/*.yaml"):
+            for query in re.findall(r"sum.*te_queue_size[^\n]*\n.*", path.read_text()):
+                assert "or (0 * sum" in query
+
+
 def test_the_alerts_and_the_autoscalers_use_what_tei_emits(rendered: list[Path]) -> None:
     scalers: set[str] = set()
     for folder in rendered:
@@ -262,7 +301,10 @@ def test_the_alerts_and_the_autoscalers_use_what_tei_emits(rendered: list[Path])
         adapter = folder / "k8s/components/autoscaling-hpa/prometheus-adapter.yaml"
         if adapter.exists():
             queries += [
-                rule["seriesQuery"] for rule in yaml.safe_load(adapter.read_text())["rules"]
+                rule["metricsQuery"]
+                .replace("<<.GroupBy>>", "pod")
+                .replace("<<.LabelMatchers>>", "")
+                for rule in yaml.safe_load(adapter.read_text())["rules"]
             ]
         scalers |= {path.name for path in (keda, adapter) if path.exists()}
         assert [f"{w}: {q}" for q in queries for w in wrong_uses(q)] == []
@@ -288,18 +330,12 @@ def test_what_tei_does_not_emit_is_found(query: str) -> None:
 def test_the_smoke_test_looks_for_every_metric_in_use(rendered: list[Path]) -> None:
     source = (ROOT / "template/smoke/smoke.py").read_text()
     looked_for = set(re.findall(r'^    "(te_\w+)",$', source, re.M))
-    text = " ".join([*dashboard_queries(), *(rule["expr"] for rule in rules(rendered[0]))])
+    text = " ".join(
+        [*dashboard_queries(rendered[0]), *(rule["expr"] for rule in rules(rendered[0]))]
+    )
     used = {
         re.sub(r"_(bucket|sum|count)$", "", n) if n in KNOWN and n not in TEI["counters"] else n
         for n in re.findall(r"\bte_\w+", text)
     }
     assert used == looked_for
     assert used <= {name for kind in ("counters", "gauges", "histograms") for name in TEI[kind]}
-
-
-def test_the_slowest_objective_is_inside_the_histogram(rendered: list[Path]) -> None:
-    buckets = TEI["duration_buckets"]
-    last = buckets["first"] * buckets["factor"] ** (buckets["number"] - 1)
-    for folder in rendered:
-        [slow] = [rule for rule in rules(folder) if rule["alert"] == "TextEmbeddingsSlow"]
-        assert float(slow["expr"].rpartition(">")[2]) < last

@@ -20,9 +20,9 @@ from checks import Expected, Skipped, begin, program, run
 from endpoint import Endpoint, Failed, Stopped
 
 METRICS = (
-    "te_batch_next_size",
     "te_batch_next_tokens",
     "te_embed_count",
+    "te_embed_success",
     "te_queue_size",
     "te_request_count",
     "te_request_duration",
@@ -30,7 +30,6 @@ METRICS = (
     "te_request_inference_duration",
     "te_request_input_length",
     "te_request_queue_duration",
-    "te_request_success",
     "te_request_tokenization_duration",
 )
 """What the dashboard and the alerts read; TEI shows each after its first use."""
