@@ -304,7 +304,7 @@ def plan(pin: Pin, given: Mapping[str, Any]) -> Plan:
     pooling = given["pooling"] if given["pooling"] != "auto" else str(facts.pooling)
     request = request_seconds(facts, gpu)
     longest_batch = batch_seconds(facts, gpu, batch_tokens)
-    edits = given["tei_image"] == "build" and given.get("tei_edits", False)
+    long_queue = any(edit.name == "queue" for edit in edits(given))
     startup = startup_seconds(facts, gpu, batch_tokens)
     fetch_seconds = ceil(_stored_bytes(facts) / _FETCH_BYTES_PER_SECOND)
     claim = model_claim(
@@ -333,7 +333,7 @@ def plan(pin: Pin, given: Mapping[str, Any]) -> Plan:
         readiness_path="/metrics",
         # An unpatched TEI ends when eight health checks wait (its issue 424), so it is never asked.
         liveness_path="/health"
-        if gpu.is_gpu and edits and longest_batch <= _SHORT_BATCH_SECONDS
+        if gpu.is_gpu and long_queue and longest_batch <= _SHORT_BATCH_SECONDS
         else "/metrics",
         request_seconds=request,
         pre_stop_seconds=PRE_STOP_SECONDS,
