@@ -136,7 +136,7 @@ def test_every_alert_is_tested_before_during_and_after(rendered: list[Path]) -> 
         ("deployment_spec_replicas{", "deployment_spec_replica{"),
         (">= 2.5", "> 2"),
         ('le="1"', 'le="2"'),
-        (" offset ", " offset 1"),
+        ("offset ", "offset 9"),
         ("for: 15m", "for: 1m"),
         ('container="model-fetch"', 'container="tei"'),
         ("te_batch_next_tokens_sum", "te_batch_next_size_sum"),
