@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+from .addresses import BadAddress, checked
 from .embedding_model import Entry
 from .errors import (
     ConfigurationError,
@@ -71,11 +72,17 @@ def tracking_uri() -> str | None:
     uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
     if not uri:
         return None
-    if urlsplit(uri).scheme not in ("http", "https") or not urlsplit(uri).hostname:
-        raise ConfigurationError(
-            "MLFLOW_TRACKING_URI is not the address of an MLflow server: use http(s)://host[:port]."
-        )
+    _checked("MLFLOW_TRACKING_URI", uri)
     return uri.rstrip("/")
+
+
+def _checked(variable: str, url: str) -> None:
+    try:
+        checked(url)
+    except BadAddress as error:
+        raise ConfigurationError(
+            f"{variable} is not the address of a server ({error}): use http(s)://host[:port]."
+        ) from None
 
 
 class Registry:
@@ -499,6 +506,7 @@ def _keycloak_token(url: str, ca: str | None) -> str:
     import requests
 
     form = keycloak_form()
+    _checked("MLFLOW_KEYCLOAK_TOKEN_URL", url)
     parts = urlsplit(url)
     shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import __version__
+from . import __version__, memory, reading
 from .console import Console, one_line, termination_message
 from .failures import (
     INTERRUPTED,
@@ -22,11 +21,12 @@ from .failures import (
     Interrupted,
     TemplateError,
     exit_code,
+    from_memory_error,
     from_os_error,
 )
 from .pin import Pin
 from .run import check, make_ready, resolve
-from .settings import MIB, Settings
+from .settings import MIB, Settings, switched_on
 from .stop import Stop
 
 GRACE = 1.5  # seconds from a signal until the process ends, whatever it was doing
@@ -55,6 +55,7 @@ exit codes:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; returns its exit code."""
     arguments = _parser(os.environ).parse_args(argv)
+    memory.confine(memory.container_limit())
     console = Console(arguments.log_format)
     termination = Path(arguments.termination_log) if arguments.termination_log else None
     stop = Stop()
@@ -86,6 +87,8 @@ def _failed(error: Exception, console: Console, termination: Path | None) -> int
     """Tells an error in one line; returns its exit code."""
     if isinstance(error, OSError):
         error = from_os_error(error)
+    elif isinstance(error, MemoryError):
+        error = from_memory_error()
     text = str(error)
     if not isinstance(error, TemplateError):
         text = (
@@ -119,15 +122,14 @@ def _watch_signals(stop: Stop, console: Console, termination: Path | None) -> No
 
 def _read_pin(path: Path) -> Pin:
     try:
-        mapping = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            mapping = reading.document(file.read(reading.LONGEST + 1), "the pin")
     except OSError as error:
         raise ConfigurationError(
             f"the pin {path} cannot be read ({error.strerror}): mount it there or name it with --pin"
         ) from None
-    except (ValueError, RecursionError):
-        raise ConfigurationError(
-            f"the pin {path} is not JSON: render the repository again"
-        ) from None
+    except reading.UnreadableError as error:
+        raise ConfigurationError(f"{path}: {error}: render the repository again") from None
     return Pin.from_mapping(mapping)
 
 
@@ -172,6 +174,8 @@ class _Option:
 
     def parse(self, text: str) -> Any:
         """The value of `text`; raises what argparse expects."""
+        if self.choices and text not in self.choices:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(self.choices)}")
         if self.kind is str:
             return text
         try:
@@ -205,7 +209,7 @@ OPTIONS: dict[str, tuple[_Option, ...]] = {
             *(int, 1, 100),
         ),
         _Option(
-            *("timeout", "S", "60", "seconds without a byte until a connection counts as dead"),
+            *("timeout", "S", "60", "seconds without an answer until a connection counts as dead"),
             *(float, 0.1, _DAY),
         ),
         _Option(
@@ -261,16 +265,24 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     for title, options in OPTIONS.items():
         group = parser.add_argument_group(title)
         for option in options:
+            default = environ.get(_variable(option.name)) or option.default
+            try:
+                if default:
+                    option.parse(default)
+            except argparse.ArgumentTypeError as error:
+                parser.error(f"{_variable(option.name)}: {error}")
             group.add_argument(
                 f"--{option.name}",
                 metavar=option.metavar,
-                default=environ.get(_variable(option.name)) or option.default,
+                default=default,
                 type=option.parse,
-                choices=option.choices,
                 help=option.help + (f" [{option.default}]" if option.default else ""),
             )
     for name, text in FLAGS.items():
-        on = environ.get(_variable(name), "").lower() in ("1", "true", "yes")
+        try:
+            on = switched_on(environ, _variable(name))
+        except ConfigurationError as error:
+            parser.error(str(error))
         group.add_argument(f"--{name}", action="store_true", default=on, help=text)
     parser.add_argument(
         "--verify",

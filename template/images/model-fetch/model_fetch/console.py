@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 MB = 1_000_000
+LONGEST = 500  # characters of a line
 
 
 class Console:
@@ -56,8 +57,8 @@ class Console:
 
 
 def one_line(text: str) -> str:
-    """Text that cannot forge a second log line or move a terminal's cursor."""
-    return "".join(c if c.isprintable() else " " for c in text)
+    """Text that cannot forge a second log line, move a terminal's cursor, or fill a screen."""
+    return "".join(c if c.isprintable() else " " for c in text[:LONGEST])
 
 
 class Meter:

@@ -27,6 +27,7 @@ __all__ = [
     "UnsuitableModelError",
     "VerificationError",
     "exit_code",
+    "from_memory_error",
     "from_os_error",
 ]
 
@@ -94,3 +95,11 @@ def from_os_error(error: OSError, path: Path | None = None) -> TemplateError:
             "behind its mount, restart that, then this pod"
         )
     return ConfigurationError(f"{where}: {error.strerror or type(error).__name__}")
+
+
+def from_memory_error() -> TemplateError:
+    """Says what to do when an allocation failed."""
+    return ConfigurationError(
+        "the memory of this container is not enough: raise the memory limit of model-fetch, "
+        "unless the model is one that nobody meant"
+    )

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import http.client
 import re
+from typing import TYPE_CHECKING
 
+from . import limits
 from .embedding_model import PinnedFile
-from .failures import DeniedError, NotFoundError, UnreachableError
-from .transport import RETRYABLE
+from .failures import UnreachableError
+from .refusals import explained
+from .transport import RETRYABLE, Answer, is_page
 
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+if TYPE_CHECKING:
+    from .sources import HttpSource
+
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,16})-([0-9]{1,16})/([0-9]{1,16}|\*)")
+LONGEST_NAME = 1024  # characters of an ETag that are kept
+_SECONDS = re.compile(r"[0-9]{1,9}")
 
 
 class Again(Exception):
@@ -18,7 +26,7 @@ class Again(Exception):
     def __init__(self, reason: str, after: float | None = None) -> None:
         """after: seconds that the server wants to be left alone, None when it did not say."""
         super().__init__(reason)
-        self.after = after
+        self.reason, self.after = reason, after
 
 
 class NoRanges(Exception):
@@ -29,40 +37,30 @@ class Wrong(Exception):
     """The store's file is not the pinned one, or is being changed."""
 
 
-def check_status(response: http.client.HTTPResponse, file: PinnedFile, where: str) -> None:
+def check_status(response: Answer, file: PinnedFile, source: HttpSource) -> None:
     """Returns when the body is (a part of) the file.
 
-    where: the source, as it may be shown
-    Raises: Again, Wrong, NotFoundError, DeniedError, UnreachableError.
+    Raises: Again, Wrong, ConfigurationError, NotFoundError, DeniedError, UnreachableError.
     """
-    status = response.status
+    status, where = response.status, source.name
     if status in (200, 206):
-        kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-        if kind == "text/html" and not file.path.endswith((".html", ".htm")):
+        if is_page(response) and not file.path.endswith((".html", ".htm")):
             raise UnreachableError(
                 f"{where} answers with a web page instead of {file.path}: a login or an ingress "
                 "stands in between; check MLFLOW_TRACKING_URI and the credentials"
             )
         return
-    if status in (404, 410):
-        raise NotFoundError(
-            f"{file.source} is gone ({where} answers {status}): register the model again"
-        )
-    if status in (401, 403):
-        if b"Invalid Host header" in response.read(4096):
-            raise DeniedError(
-                f"{where} refuses the host name that it was called by: start MLflow with "
-                "--allowed-hosts that includes it"
-            )
-        raise DeniedError(
-            f"{where} refuses {file.source} ({status}): check the credentials and that they may "
-            "read the model"
-        )
     if status == 416:
         raise Wrong("the store's file is shorter than pinned")
     if status in RETRYABLE:
         raise Again(f"{where} answers {status}", _retry_after(response))
-    raise UnreachableError(f"{where} answers {status} for {file.source}")
+    try:
+        body = response.small(limits.ERROR_BYTES, limits.DRAIN_SECONDS)
+    except (OSError, http.client.HTTPException, ValueError):
+        body = b""
+    raise explained(
+        status, response.headers, body, file, where, source.object_store, source.advice
+    ) or UnreachableError(f"{where} answers {status} for {file.source}")
 
 
 def check_range(response: http.client.HTTPResponse, start: int, end: int, size: int) -> None:
@@ -88,14 +86,16 @@ def check_length(response: http.client.HTTPResponse, expected: int) -> None:
 
 def validator(response: http.client.HTTPResponse) -> str | None:
     """What the store calls this version of the file: its ETag, else its date, else None."""
-    return response.headers.get("ETag") or response.headers.get("Last-Modified")
+    name = response.headers.get("ETag") or response.headers.get("Last-Modified") or ""
+    return " ".join(name.split())[:LONGEST_NAME] or None
 
 
 def if_range(validator: str | None) -> dict[str, str]:
     """Lets the server send the whole file when it is another one; strong ETags only (RFC 9110)."""
-    return {"If-Range": validator} if validator and validator.startswith('"') else {}
+    fit = validator is not None and validator.isascii() and validator.isprintable()
+    return {"If-Range": validator} if fit and validator and validator.startswith('"') else {}
 
 
 def _retry_after(response: http.client.HTTPResponse) -> float | None:
     value = response.headers.get("Retry-After", "").strip()
-    return float(value) if value.isdigit() else None
+    return float(value) if _SECONDS.fullmatch(value) else None

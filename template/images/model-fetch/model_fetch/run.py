@@ -135,7 +135,7 @@ def _obtain(folder: VersionFolder, settings: Settings, console: Console, stop: S
     if _complete(folder, console):
         return Outcome(folder.path, "already there")
     pin = folder.pin
-    source = sources.choose(pin, settings, console)
+    source = sources.choose(pin, settings, console, stop)
     size = sum(file.size for file in pin.files)
     console.info(
         f"{pin.registered_model} version {pin.version}: {len(pin.files)} files, "

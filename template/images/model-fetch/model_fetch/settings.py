@@ -6,7 +6,39 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .addresses import BadAddress, checked
+from .failures import ConfigurationError
+
 MIB = 1 << 20
+SWITCHES = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+
+
+def switched_on(environ: Mapping[str, str], name: str) -> bool:
+    """What a variable that can be true or false says; false when it is not set.
+
+    Raises: ConfigurationError.
+    """
+    text = environ.get(name, "").strip().lower()
+    if text and text not in SWITCHES:
+        raise ConfigurationError(f"{name} is neither true nor false")
+    return SWITCHES.get(text, False)
+
+
+def address(environ: Mapping[str, str], *names: str) -> str | None:
+    """The server's address in the first of these variables that is set.
+
+    Raises: ConfigurationError.
+    """
+    for name in names:
+        text = environ.get(name, "").strip()
+        if text:
+            try:
+                return checked(text).rstrip("/")
+            except BadAddress as error:
+                raise ConfigurationError(
+                    f"{name} is not the address of a server ({error}): use http(s)://host[:port]"
+                ) from None
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +70,7 @@ class Settings:
     """Times that a file is fetched whole when its verification fails."""
 
     timeout: float = 60.0
-    """Seconds without a byte until a connection counts as dead."""
+    """Seconds for an answer's head, and without a part of its body, until a connection is dead."""
 
     lock_timeout: float = 3600.0
     """Seconds to wait for another process that fetches the same version."""

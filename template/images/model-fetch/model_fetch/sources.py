@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -19,6 +20,7 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from . import auth
+from .addresses import BadAddress, checked, origin, origin_text, place
 from .console import Console
 from .embedding_model import PinnedFile
 from .failures import (
@@ -30,24 +32,20 @@ from .failures import (
     VerificationError,
     from_os_error,
 )
+from .patience import Patience, Reasons
 from .pin import Pin
-from .settings import Settings
-from .transport import (
-    RETRYABLE,
-    ConnectionFailed,
-    Request,
-    Trust,
-    Wire,
-    origin,
-    place,
-    read_json,
-)
+from .settings import Settings, address
+from .stop import Stop
+from .transport import RETRYABLE, ConnectionFailed, Request, Wire, ask
+from .trust import Trust
 
 API = "/api/2.0"
 # MLflow signs for 300 s by default (MLFLOW_PRESIGNED_DOWNLOAD_URL_TTL_SECONDS); renewed in time.
 PRESIGNED_FOR = 240.0
 SIGNED_FOR = 3600  # seconds, for addresses that this program signs itself
 FRESH = 5.0  # seconds in which a refused address was not refused for its age
+# What the stores' signatures can cover; any other header would be MLflow's own idea.
+STORE_HEADER = re.compile(r"(x-amz|x-ms|x-goog)-[a-z0-9-]+", re.IGNORECASE)
 
 
 class NotOffered(Exception):
@@ -67,7 +65,10 @@ class Source(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Raises NotOffered when the next source should be tried instead."""
+        """Raises NotOffered when the next source should be tried instead.
+
+        Raises: ConnectionFailed when this one may be open a little later.
+        """
 
 
 class HttpSource(Source):
@@ -75,12 +76,21 @@ class HttpSource(Source):
 
     trust: Trust
 
+    object_store = False
+    """Whether the answers are those of S3 or its like, which name their reasons."""
+
+    advice = "check that the credentials may read the model"
+    """What to do when it refuses a file without saying why."""
+
     @abstractmethod
     def request(self, file: PinnedFile) -> Request:
         """The request for a whole file, with credentials that hold now."""
 
-    def refused(self, file: PinnedFile, used: Request) -> bool:
-        """After a 401 or 403: whether another request for the file has a chance."""
+    def refused(self, file: PinnedFile, used: Request, login: bool = True) -> bool:
+        """After a 401 or 403: whether another request for the file has a chance.
+
+        login: whether to log in anew, if that is what it takes
+        """
         return False
 
 
@@ -146,25 +156,30 @@ def _unreadable(path: Path, error: OSError) -> NotOffered:
 class Proxied(HttpSource):
     """MLflow's own artifact proxy, or any web server that holds the artifact's folder."""
 
-    def __init__(self, base: str, credentials: auth.Credentials, trust: Trust) -> None:
-        """base: address of the artifact's folder."""
+    def __init__(
+        self, base: str, credentials: auth.Credentials, trust: Trust, own: bool = True
+    ) -> None:
+        """base: address of the artifact's folder; own: whether the settings name the server."""
         self._base, self._credentials, self.trust = base.rstrip("/"), credentials, trust
+        self._own, self.advice = own, credentials.advice
         self.name = f"proxied by {origin_text(base)}"
 
     def check(self) -> None:
         return
 
     def request(self, file: PinnedFile) -> Request:
-        return Request(f"{self._base}/{quote(file.source)}", self._credentials.headers())
+        url = f"{self._base}/{quote(file.source)}"
+        return Request(url, self._credentials.headers(), own=self._own)
 
-    def refused(self, file: PinnedFile, used: Request) -> bool:
-        return self._credentials.renew(used.headers)
+    def refused(self, file: PinnedFile, used: Request, login: bool = True) -> bool:
+        return self._credentials.renew(used.headers, login)
 
 
 class Signed(HttpSource):
     """Addresses that are valid for a while, one per file; a subclass says who signs."""
 
     lifetime: float
+    object_store = True
 
     def __init__(self, trust: Trust) -> None:
         self.trust = trust
@@ -183,7 +198,7 @@ class Signed(HttpSource):
                 self._signed[file.path] = request, time.monotonic()
             return request
 
-    def refused(self, file: PinnedFile, used: Request) -> bool:
+    def refused(self, file: PinnedFile, used: Request, login: bool = True) -> bool:
         with self._lock:
             request, at = self._signed.get(file.path, (None, 0.0))
             if request is used:
@@ -197,6 +212,7 @@ class Presigned(Signed):
     """Addresses that MLflow signs for its S3 store: the pod needs no key of the store."""
 
     lifetime = PRESIGNED_FOR
+    advice = "check that MLflow's own keys may read the model, and that its clock is right"
 
     def __init__(
         self,
@@ -206,31 +222,36 @@ class Presigned(Signed):
         run_id: str | None,
         credentials: auth.Credentials,
         trust: Trust,
+        timeout: float,
     ) -> None:
         """folder: of the artifact, below the run's root where run_id is given, else below the proxy's."""
         super().__init__(trust)
         self._uri, self._pin, self._folder, self._run_id = tracking_uri, pin, folder, run_id
-        self._credentials = credentials
+        self._credentials, self._timeout = credentials, timeout
         self.name = f"presigned by {origin_text(tracking_uri)}"
 
     def check(self) -> None:
-        wire = Wire(self.trust, timeout=30)
         try:
             if self._run_id is None:
                 # A 404 or a false: a store on the server's own disk signs nothing.
-                answer = self._ask(wire, Request(f"{self._uri}/api/3.0/mlflow/server-info"))
-                if not (answer or {}).get("multipart_downloads_enabled"):
+                answer = self._ask(Request(f"{self._uri}/api/3.0/mlflow/server-info"))
+                if (answer or {}).get("multipart_downloads_enabled") is not True:
                     raise NotOffered("this MLflow server signs no addresses for its store")
-            smallest = min(self._pin.files, key=lambda file: file.size)
-            request = self.request(smallest)
-            wire.send(request.with_headers(Range="bytes=0-0"))
+            # Where one is refused for its missing digest, it is this one.
+            request = self.request(min(self._pin.files, key=lambda f: (_has_digest(f), f.size)))
         except NotFoundError:
             raise NotOffered("this MLflow server signs no addresses for this artifact") from None
-        except ConnectionFailed as error:
-            reason = f"MLflow, or the store that it signs for, does not answer here ({error})"
-            raise NotOffered(reason, UnreachableError(reason)) from None
-        except DeniedError as error:
+        except (DeniedError, UnreachableError) as error:
             raise NotOffered(str(error), error) from None
+        except ConnectionFailed as error:
+            if self._run_id is None:
+                raise  # the next way leads by the same server
+            raise _out_of_reach(error) from None
+        wire = Wire(self.trust, self._timeout)
+        try:
+            wire.send(request.with_headers(Range="bytes=0-0"))
+        except (ConnectionFailed, UnreachableError) as error:
+            raise _out_of_reach(error) from None
         finally:
             wire.close()
 
@@ -246,54 +267,77 @@ class Presigned(Signed):
                 "POST",
                 body,
             )
-        wire = Wire(self.trust, timeout=30)
-        try:
-            answer = self._ask(wire, request)
-        finally:
-            wire.close()
-        url = (answer or {}).get("url") or (answer or {}).get("presigned_url")
-        if not isinstance(url, str) or urlsplit(url).scheme not in ("http", "https"):
+        answer = self._ask(request) or {}
+        named = answer.get("url") or answer.get("presigned_url")
+        if not isinstance(named, str):
             raise NotFoundError(f"MLflow signs no address for {file.source}")
-        headers = {str(k): str(v) for k, v in (answer or {}).get("headers", {}).items()}
-        return Request(url, headers)
+        try:
+            url = checked(named)
+        except BadAddress as error:
+            raise UnreachableError(
+                f"MLflow signs something for {file.source} that is no address ({error}): look at "
+                "its own MLFLOW_S3_ENDPOINT_URL"
+            ) from None
+        secure = urlsplit(self._uri).scheme == "http" or urlsplit(url).scheme == "https"
+        if not secure and not _has_digest(file):
+            raise UnreachableError(
+                f"MLflow signs an address without TLS for {file.source}, whose digest is not pinned"
+            )
+        own = origin(url) == origin(self._uri)
+        return Request(url, store_headers(answer.get("headers")), own=own)
 
-    def _ask(self, wire: Wire, request: Request) -> dict[str, Any] | None:
+    def _ask(self, request: Request) -> dict[str, Any] | None:
         """The JSON answer; None when the server has none to this question.
 
-        Raises: ConnectionFailed when trying again may help, DeniedError.
+        Raises: ConnectionFailed when trying again may help, TemplateErrors.
         """
         for _ in range(2):
             headers = self._credentials.headers()
-            response = wire.send(request.with_headers(**headers))
-            answer = read_json(response)
-            if response.status != 401 or not self._credentials.renew(headers):
+            reply = ask(request.with_headers(**headers), self.trust, self._timeout)
+            if reply.status not in (401, 403) or not self._credentials.renew(headers):
                 break
         # Not 500: MLflow answers so where it lacks what is asked for.
-        if response.status in RETRYABLE - {500}:
-            raise ConnectionFailed(f"{place(request.url)} answers {response.status}")
-        if response.status in (401, 403):
+        if reply.status in RETRYABLE - {500}:
+            raise ConnectionFailed(place(request.url), f"answers {reply.status}")
+        if reply.status in (401, 403):
+            page = ", with a web page as a login shows it" if reply.is_page else ""
             raise DeniedError(
-                f"MLflow signs no address ({response.status}): check the credentials and that they "
-                "may read the model"
+                f"MLflow signs no address ({reply.status}{page}): {self._credentials.advice}"
             )
-        return answer if response.status == 200 else None
+        return reply.json if reply.status == 200 else None
+
+
+def store_headers(value: object) -> dict[str, str]:
+    """Of the headers that come with a presigned address, those that a store may want to be sent."""
+    return {
+        name: text
+        for name, text in (value.items() if isinstance(value, dict) else ())
+        if isinstance(text, str) and text.isascii() and text.isprintable()
+        if isinstance(name, str) and STORE_HEADER.fullmatch(name)
+    }
+
+
+def _has_digest(file: PinnedFile) -> bool:
+    return bool(file.sha256 or file.blob_sha1)
+
+
+def _out_of_reach(error: Exception) -> NotOffered:
+    reason = f"MLflow, or the store that it signs for, does not answer here ({error})"
+    return NotOffered(reason, UnreachableError(reason))
 
 
 class S3(Signed):
     """S3-compatible storage with keys; boto3 signs, this program downloads."""
 
     lifetime = SIGNED_FOR * 0.9
+    advice = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what they may read"
 
-    def __init__(self, bucket: str, prefix: str, environ: Mapping[str, str]) -> None:
+    def __init__(self, bucket: str, prefix: str, pin: Pin, environ: Mapping[str, str]) -> None:
         super().__init__(Trust(environ, "AWS_CA_BUNDLE", insecure="MLFLOW_S3_IGNORE_TLS"))
         self._bucket, self._prefix, self._environ = bucket, prefix.strip("/"), environ
-        self._endpoint = next(
-            (
-                environ[name]
-                for name in ("MLFLOW_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
-                if environ.get(name)
-            ),
-            None,
+        self._pin = pin
+        self._endpoint = address(
+            environ, "MLFLOW_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"
         )
         self._client: Any = None
         self.name = f"S3 bucket {bucket}" + (
@@ -326,14 +370,22 @@ class S3(Signed):
                 f"the S3 settings cannot be used ({type(error).__name__}): check "
                 "MLFLOW_S3_ENDPOINT_URL and the AWS_ variables"
             ) from None
+        self.sign(self._pin.files[0])
 
     def sign(self, file: PinnedFile) -> Request:
+        from botocore.exceptions import BotoCoreError
+
         key = f"{self._prefix}/{file.source}".strip("/")
-        return Request(
-            self._client.generate_presigned_url(
+        try:
+            url = self._client.generate_presigned_url(
                 "get_object", Params={"Bucket": self._bucket, "Key": key}, ExpiresIn=SIGNED_FOR
             )
-        )
+            return Request(checked(url))
+        except (BotoCoreError, ValueError) as error:
+            raise ConfigurationError(
+                f"nothing in the bucket of {self.name} can be asked for ({type(error).__name__}): "
+                "check the artifact URI, MLFLOW_S3_ENDPOINT_URL and the AWS_ variables"
+            ) from None
 
 
 class ClientStore(Source):
@@ -377,60 +429,80 @@ class ClientStore(Source):
 
 def candidates(pin: Pin, settings: Settings) -> Iterator[Source]:
     """The ways to a pin's files, the best one first."""
-    environ = settings.environ
+    environ, timeout = settings.environ, settings.timeout
     uri = pin.artifact_uri or ""
-    parts = urlsplit(uri)
-    folder = unquote(parts.path).strip("/")
+    try:
+        parts = urlsplit(uri)
+        folder = unquote(parts.path).strip("/")
+    except ValueError:
+        raise _no_artifact_uri("its host or its port is none") from None
     yield from _mounted(pin, settings.mount, parts.scheme, folder)
     if parts.scheme in ("mlflow-artifacts", "http", "https", "s3"):
         trust = Trust(environ, insecure="MLFLOW_TRACKING_INSECURE_TLS")
-        credentials = auth.from_environment(environ, trust)
-        tracking = environ.get("MLFLOW_TRACKING_URI", "").rstrip("/")
-        if tracking and urlsplit(tracking).scheme not in ("http", "https"):
-            raise ConfigurationError("MLFLOW_TRACKING_URI must be an http or https address")
+        credentials = auth.from_environment(environ, trust, timeout)
+        tracking = address(environ, "MLFLOW_TRACKING_URI")
     if parts.scheme == "mlflow-artifacts":
         if parts.netloc:
-            host = f"{urlsplit(tracking).scheme or 'http'}://{parts.netloc}"
+            host = _checked(f"{urlsplit(tracking or 'http:').scheme}://{parts.netloc}")
             if origin(host) != origin(tracking or host):
                 credentials = auth.Credentials()  # they belong to the tracking server alone
             tracking = host
         if not tracking:
             raise ConfigurationError("MLFLOW_TRACKING_URI is missing: the address of MLflow")
-        yield Presigned(tracking, pin, folder, None, credentials, trust)
+        yield Presigned(tracking, pin, folder, None, credentials, trust, timeout)
         yield Proxied(
             f"{tracking}{API}/mlflow-artifacts/artifacts/{quote(folder)}", credentials, trust
         )
     elif parts.scheme in ("http", "https"):
-        known = tracking and origin(tracking) == origin(uri)
-        yield Proxied(uri, credentials if known else auth.Credentials(), trust)
+        base = _checked(uri)
+        known = tracking is not None and origin(tracking) == origin(base)
+        yield Proxied(base, credentials if known else auth.Credentials(), trust, own=known)
     elif parts.scheme == "s3":
+        if not parts.netloc:
+            raise _no_artifact_uri("it has no bucket")
         _, found, below = folder.partition(f"{pin.run_id}/artifacts/")
         if tracking and pin.run_id and found:
-            yield Presigned(tracking, pin, below, pin.run_id, credentials, trust)
-        yield S3(parts.netloc, folder, environ)
+            yield Presigned(tracking, pin, below, pin.run_id, credentials, trust, timeout)
+        yield S3(parts.netloc, folder, pin, environ)
     elif parts.scheme not in ("", "file"):
         yield ClientStore(uri)
 
 
-def choose(pin: Pin, settings: Settings, console: Console) -> Source:
+def _checked(uri: str) -> str:
+    try:
+        return checked(uri)
+    except BadAddress as error:
+        raise _no_artifact_uri(str(error)) from None
+
+
+def _no_artifact_uri(reason: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"the pin's artifact_uri is no address ({reason}): register the model again, or pin it again"
+    )
+
+
+def choose(pin: Pin, settings: Settings, console: Console, stop: Stop) -> Source:
     """The first source that is open here.
 
     Raises: ConfigurationError when none is, and what a source raises itself.
     """
     reasons: list[str] = []
     try:
-        return _choose(pin, settings, console, reasons)
+        return _choose(pin, settings, console, stop, reasons)
     except ConfigurationError as error:
         # The way that was meant may be a nearer one.
         others = [reason for reason in reasons if reason not in str(error)]
         raise ConfigurationError("; ".join([str(error), *others])) from None
 
 
-def _choose(pin: Pin, settings: Settings, console: Console, reasons: list[str]) -> Source:
+def _choose(
+    pin: Pin, settings: Settings, console: Console, stop: Stop, reasons: list[str]
+) -> Source:
     unlike: TemplateError | None = None
     for source in candidates(pin, settings):
+        patience = Patience(pin.registered_model, settings, stop, Reasons(console))
         try:
-            source.check()
+            _check(source, patience)
         except NotOffered as reason:
             unlike = unlike or reason.error
             reasons.append(str(reason))
@@ -444,6 +516,11 @@ def _choose(pin: Pin, settings: Settings, console: Console, reasons: list[str]) 
             continue
         for reason_text in reasons:
             console.info(f"a nearer source is not used: {reason_text}")
+        if isinstance(source, HttpSource) and source.trust.insecure:
+            console.warning(
+                f"{source.trust.insecure} is set: anybody could pose as the server; name its "
+                "authority's file in MLFLOW_TRACKING_SERVER_CERT_PATH instead"
+            )
         return source
     if unlike is not None:
         raise unlike
@@ -481,6 +558,15 @@ def mounted(pin: Pin, settings: Settings) -> Mounted | None:
     return None
 
 
+def _check(source: Source, patience: Patience) -> None:
+    """Checks a source, and waits for its server to come up."""
+    while True:
+        try:
+            return source.check()
+        except ConnectionFailed as error:
+            patience.wait(error)
+
+
 def _mounted(pin: Pin, mount: Path | None, scheme: str, folder: str) -> Iterator[Source]:
     if scheme in ("", "file"):
         yield Mounted(Path("/") / folder, pin, Path("/") / folder)
@@ -493,9 +579,3 @@ def _mounted(pin: Pin, mount: Path | None, scheme: str, folder: str) -> Iterator
     }
     for root in roots.get(scheme, []):
         yield Mounted(root, pin, mount)
-
-
-def origin_text(url: str) -> str:
-    """`http://host:port`, without user, path or query."""
-    scheme, host, port = origin(url)
-    return f"{scheme}://{host}:{port}"

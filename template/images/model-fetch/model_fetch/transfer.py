@@ -11,13 +11,15 @@ import threading
 import time
 from functools import partial
 
+from . import limits
 from .cache import Staging
 from .chunks import Chunk
-from .console import Console, Meter
+from .console import Console, Meter, duration
 from .embedding_model import PinnedFile
-from .failures import VerificationError, from_os_error
+from .failures import UnreachableError, VerificationError, from_os_error
 from .follow import Follower, ReadBack, Told
 from .job import Job, Work
+from .patience import Reasons
 from .ramp import Ramp
 from .responses import NoRanges, Wrong
 from .settings import Settings
@@ -30,6 +32,23 @@ AT_ONCE = 4  # files that are fetched side by side
 CHECKPOINT_EVERY = 5.0  # seconds between two flushes to the disk
 STORE = "the store does not hold what was pinned; pin the model again or mend the store"
 VOLUME = "use another volume for the cache, or mend this one"
+
+
+class _Standstill:
+    """Sees that a whole transfer stands still, though each of its connections brings a little."""
+
+    def __init__(self, meter: Meter, timeout: float) -> None:
+        self.seconds = limits.STANDSTILL * timeout
+        self._meter = meter
+        self._since, self._received = time.monotonic(), meter.received
+
+    def lasts(self) -> bool:
+        elapsed = time.monotonic() - self._since
+        if elapsed < self.seconds:
+            return False
+        received = self._meter.received - self._received
+        self._since, self._received = time.monotonic(), self._meter.received
+        return received < limits.SLOWEST * elapsed
 
 
 class Transfer:
@@ -48,7 +67,10 @@ class Transfer:
         self._sync = settings.sync or not staging.local
         largest_first = sorted(files, key=lambda file: -file.size)
         self._jobs = [Job(file, staging, settings.chunk_size) for file in largest_first]
-        self._workers = [Worker(source, settings, stop, self) for _ in range(settings.connections)]
+        reasons = Reasons(console)
+        self._workers = [
+            Worker(source, settings, stop, reasons, self) for _ in range(settings.connections)
+        ]
         self._condition = threading.Condition(threading.RLock())
         self._followers: list[Follower] = []
         self._ended = threading.Event()
@@ -68,6 +90,7 @@ class Transfer:
         self._meter = meter
         meter.found(sum(job.present for job in self._jobs))
         ramp = Ramp(len(self._workers))
+        standstill = _Standstill(meter, self._settings.timeout)
         threads: list[threading.Thread] = []
         flush = threading.Thread(target=self._flush, name="flush", daemon=True)
         self._stop.call(self._abort)
@@ -86,6 +109,13 @@ class Transfer:
                         )
                         threads[-1].start()
                     self._condition.wait(0.5)
+                    if standstill.lasts() and self.missing:
+                        self._stop.set(
+                            UnreachableError(
+                                "next to nothing has arrived for "
+                                f"{duration(standstill.seconds)}: look at the store and the network"
+                            )
+                        )
             self._stop.check()
         finally:
             self._stop.forget(self._abort)

@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import http.client
-import json
-import os
+import io
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Any
-from urllib.parse import SplitResult, urljoin, urlsplit
+from urllib.parse import urlsplit
 
-from .failures import ConfigurationError
+from . import limits, reading
+from .addresses import BadAddress, joined, never_asked, origin, origin_text, place
+from .failures import ConfigurationError, UnreachableError
+from .trust import NO_TLS, Trust, refused_certificate
 
-REDIRECTS = 5
 # Statuses that a later try may find gone (RFC 9110, RFC 6585).
 RETRYABLE = frozenset({408, 425, 429, 500, 502, 503, 504})
-CREDENTIAL_HEADERS = frozenset({"authorization", "cookie"})
-# The names that MLflow's client, boto3, curl and OpenSSL look at, in the order of preference.
-CA_VARIABLES = (
-    "MLFLOW_TRACKING_SERVER_CERT_PATH",
-    "REQUESTS_CA_BUNDLE",
-    "CURL_CA_BUNDLE",
-    "SSL_CERT_FILE",
-)
-CLIENT_VARIABLE = "MLFLOW_TRACKING_CLIENT_CERT_PATH"
+# What another server may be sent of a request: nothing that could be a credential.
+PORTABLE_HEADERS = frozenset({"range", "if-range", "accept"})
+TLS_ALERT = "\x15\x03"  # how a TLS server's answer to a plain request begins (RFC 8446)
 
 
 class ConnectionFailed(Exception):
     """The server could not be reached, or broke off. Its text never holds a URL's query."""
+
+    def __init__(self, where: str, reason: str, tries: int | None = None) -> None:
+        """where: the address, as it may be shown; tries: how many are worth while, None for any."""
+        super().__init__(f"{where}: {reason}")
+        self.reason, self.tries = reason, tries
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,110 +39,123 @@ class Request:
     """An address with the headers to send there. Hidden in `repr`: both can be credentials."""
 
     url: str = field(repr=False)
+    """As `addresses.checked` makes it."""
+
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     method: str = "GET"
     body: bytes | None = field(default=None, repr=False)
 
+    own: bool = True
+    """Whether the settings name the address; one that a server names may not be a link-local one."""
+
+    follow: bool = True
+    """Whether a redirect is followed; its answer is the response otherwise."""
+
     def with_headers(self, **headers: str) -> Request:
-        return Request(self.url, {**self.headers, **headers}, self.method, self.body)
+        return replace(self, headers={**self.headers, **headers})
 
 
-class Trust:
-    """Which authorities a TLS connection trusts: the system's, and the private one of the settings."""
+def redirected(request: Request, status: int, location: str | None) -> Request | None:
+    """The request that an answer asks for instead; None when it is no redirect to follow.
 
-    def __init__(self, environ: Mapping[str, str], *more_variables: str, insecure: str) -> None:
-        """more_variables: looked at before CA_VARIABLES; insecure: the variable that turns it off.
-
-        Raises: ConfigurationError when a file that is named is not there.
-        """
-        variables = (*more_variables, *CA_VARIABLES)
-        self._authorities = next(
-            ((name, environ[name]) for name in variables if environ.get(name)), None
+    Raises: UnreachableError for one that must not be followed.
+    """
+    if status not in (301, 302, 303, 307, 308) or not location or not request.follow:
+        return None
+    here = place(request.url)
+    try:
+        url = joined(request.url, location)
+    except BadAddress as error:
+        raise UnreachableError(f"{here} redirects to no address ({error})") from None
+    there = origin_text(url)
+    if urlsplit(request.url).scheme == "https" and urlsplit(url).scheme == "http":
+        raise UnreachableError(
+            f"{here} redirects to {there}, which is without TLS: mend the server's own address"
         )
-        self._client = environ.get(CLIENT_VARIABLE)
-        if self._authorities and not os.access(self._authorities[1], os.R_OK):
-            raise _no_authorities(*self._authorities)
-        if self._client and not os.access(self._client, os.R_OK):
-            raise _no_client(self._client)
-        self._insecure = environ.get(insecure, "").lower() in ("true", "1")
-
-    @cached_property
-    def context(self) -> ssl.SSLContext:
-        """Made when the first TLS connection is: reading the authorities takes 40 ms.
-
-        Raises: ConfigurationError when a file is not what it should be.
-        """
-        context = ssl.create_default_context()
-        if self._authorities:
-            path = self._authorities[1]
-            where = {"capath" if os.path.isdir(path) else "cafile": path}
-            try:
-                context.load_verify_locations(**where)
-            except (OSError, ssl.SSLError):
-                raise _no_authorities(*self._authorities) from None
-        if self._client:
-            try:
-                context.load_cert_chain(self._client)
-            except (OSError, ssl.SSLError):
-                raise _no_client(self._client) from None
-        if self._insecure:
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
-        return context
+    moved = replace(request, url=url)
+    # As browsers do (RFC 9110 15.4): only 307 and 308 keep the method.
+    if request.body is not None and status in (301, 302, 303):
+        kept = {k: v for k, v in request.headers.items() if k.lower() != "content-type"}
+        moved = replace(moved, headers=kept, method="GET", body=None)
+    if origin(url) == origin(request.url):
+        return moved
+    if moved.body is not None:
+        raise UnreachableError(
+            f"{here} redirects to {there}, which is not sent what was asked here: "
+            "name that address in MLFLOW_TRACKING_URI"
+        )
+    portable = {k: v for k, v in moved.headers.items() if k.lower() in PORTABLE_HEADERS}
+    return replace(moved, headers=portable, own=False)
 
 
-def _no_authorities(name: str, path: str) -> ConfigurationError:
-    return ConfigurationError(f"{name} does not name a readable file of PEM certificates: {path}")
+class _Clock(io.RawIOBase):
+    """A connection's bytes until a deadline, however few of them come at a time."""
+
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket) -> None:
+        self._raw, self._sock = raw, sock
+        self.within(sock.gettimeout() or limits.ANSWER_SECONDS)
+
+    def within(self, seconds: float) -> None:
+        self._until = time.monotonic() + seconds
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        left = self._until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._sock.settimeout(left)
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
 
 
-def _no_client(path: str) -> ConfigurationError:
-    return ConfigurationError(
-        f"{CLIENT_VARIABLE} does not name a PEM file with a certificate and its key: {path}"
-    )
+class Answer(http.client.HTTPResponse):
+    """A response that is read by a deadline: its head by the connection's, its body by `within`."""
 
+    def __init__(self, sock: socket.socket, *args: Any, **more: Any) -> None:
+        super().__init__(sock, *args, **more)
+        self._clock = _Clock(self.fp.detach(), sock)
+        self.fp = io.BufferedReader(self._clock)
 
-def origin(url: str) -> tuple[str, str, int]:
-    """Scheme, host and port, the unit that credentials belong to."""
-    parts = urlsplit(url)
-    return parts.scheme, parts.hostname or "", _port(parts)
+    def within(self, seconds: float) -> None:
+        """Reading fails when it is not done in so many seconds from now."""
+        self._clock.within(seconds)
 
-
-def place(url: str) -> str:
-    """A URL as it may be shown: no user, no query (a presigned one is a credential)."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    def small(self, most: int, seconds: float) -> bytes:
+        """Up to `most` bytes of the body. Raises: OSError, http.client.HTTPException."""
+        self.within(seconds)
+        return self.read(most)
 
 
 class Wire:
     """The connection of one worker. Not thread-safe, but `abort` may be called from anywhere."""
 
     def __init__(self, trust: Trust, timeout: float) -> None:
-        """timeout: seconds without a single byte until a connection counts as dead."""
+        """timeout: seconds until an answer's head must be there, and for each part of its body."""
         self._trust = trust
         self._timeout = timeout
         self._origin: tuple[str, str, int] | None = None
         self._connection: http.client.HTTPConnection | None = None
         self._aborted = threading.Event()
 
-    def send(self, request: Request) -> http.client.HTTPResponse:
+    def send(self, request: Request) -> Answer:
         """Sends a request and returns the response with its body unread.
 
-        Raises: ConnectionFailed.
+        Raises: ConnectionFailed when trying again may help, ConfigurationError, UnreachableError.
         """
-        for _ in range(REDIRECTS):
+        first = request
+        for _ in range(limits.REDIRECTS + 1):
             response = self._send(request)
-            target = response.headers.get("Location")
-            if response.status not in (301, 302, 303, 307, 308) or not target:
+            following = redirected(request, response.status, response.headers.get("Location"))
+            if following is None:
                 return response
             self.finish(response)
-            url = urljoin(request.url, target)
-            if urlsplit(url).scheme not in ("http", "https"):
-                raise ConnectionFailed(f"{place(request.url)} redirects to {place(url)}")
-            headers = dict(request.headers)
-            if origin(url) != origin(request.url):
-                headers = {k: v for k, v in headers.items() if k.lower() not in CREDENTIAL_HEADERS}
-            request = Request(url, headers, request.method, request.body)
-        raise ConnectionFailed(f"{place(request.url)} redirects without end")
+            request = following
+        raise ConnectionFailed(place(first.url), "redirects without end")
 
     @property
     def raw(self) -> socket.socket | None:
@@ -150,15 +163,16 @@ class Wire:
         sock = self._connection.sock if self._connection is not None else None
         return None if isinstance(sock, ssl.SSLSocket) else sock
 
-    def finish(self, response: http.client.HTTPResponse) -> None:
-        """Ends with a response: keeps the connection when little is left to read, else closes it."""
+    def finish(self, response: Answer) -> None:
+        """Ends with a response: keeps the connection when what is left comes at once, else closes it."""
         try:
-            if response.isclosed() or (response.length is not None and response.length <= 65536):
-                response.read()
-                if not response.will_close:
-                    return
-        except (OSError, http.client.HTTPException):
+            if self._connection is not None and not response.isclosed():
+                response.small(limits.DRAIN_BYTES, limits.DRAIN_SECONDS)
+            if response.isclosed() and not response.will_close:
+                return
+        except (OSError, http.client.HTTPException, ValueError):
             pass
+        response.close()
         self.close()
 
     def close(self) -> None:
@@ -177,7 +191,7 @@ class Wire:
             except OSError:
                 pass
 
-    def _send(self, request: Request) -> http.client.HTTPResponse:
+    def _send(self, request: Request) -> Answer:
         parts = urlsplit(request.url)
         target = parts.path or "/"
         if parts.query:
@@ -187,22 +201,18 @@ class Wire:
             "User-Agent": "model-fetch",
             **request.headers,
         }
+        where = place(request.url)
         while True:
             if self._aborted.is_set():
-                raise ConnectionFailed("stopped")
+                raise ConnectionFailed(where, "stopped")
             reused = self._connection is not None and self._origin == origin(request.url)
             try:
-                connection = self._connect(parts)
+                connection = self._connect(request)
                 connection.request(request.method, target, body=request.body, headers=headers)
-                return connection.getresponse()
-            except (ssl.SSLCertVerificationError, ssl.CertificateError) as error:
-                self.close()
-                reason = getattr(error, "verify_message", "") or "not valid"
-                raise ConfigurationError(
-                    f"the certificate of {place(request.url)} is not trusted ({reason}): "
-                    f"name the private authority's PEM file in {CA_VARIABLES[0]}"
-                ) from None
-            except (OSError, http.client.HTTPException) as error:
+                response = connection.getresponse()
+                assert isinstance(response, Answer)
+                return response
+            except (OSError, http.client.HTTPException, ValueError) as error:
                 self.close()
                 # A kept connection that the server closed meanwhile says nothing about the server.
                 stale = isinstance(
@@ -210,49 +220,133 @@ class Wire:
                 )
                 if reused and stale:
                     continue
-                raise ConnectionFailed(f"{place(request.url)}: {describe(error)}") from None
+                raise _meant(request.url, error) from None
 
-    def _connect(self, parts: SplitResult) -> http.client.HTTPConnection:
-        wanted = origin(parts.geturl())
-        if self._connection is not None and self._origin == wanted:
-            return self._connection
+    def _connect(self, request: Request) -> http.client.HTTPConnection:
+        wanted = origin(request.url)
+        kept = self._connection
+        if kept is not None and kept.sock is not None and self._origin == wanted:
+            kept.sock.settimeout(self._timeout)
+            return kept
         self.close()
         scheme, host, port = wanted
+        until = time.monotonic() + min(limits.CONNECT_SECONDS, self._timeout)
+        sock = _dial(request, host, port, until)
         connection: http.client.HTTPConnection
-        if scheme == "https":
-            connection = http.client.HTTPSConnection(
-                host, port, timeout=self._timeout, context=self._trust.context
-            )
-        else:
-            connection = http.client.HTTPConnection(host, port, timeout=self._timeout)
+        try:
+            if scheme == "https":
+                context = self._trust.context
+                sock.settimeout(max(until - time.monotonic(), 0.001))
+                sock = context.wrap_socket(sock, server_hostname=host)
+                connection = http.client.HTTPSConnection(host, port, context=context)
+            else:
+                connection = http.client.HTTPConnection(host, port)
+        except BaseException:
+            sock.close()
+            raise
+        sock.settimeout(self._timeout)
+        connection.sock = sock
+        connection.response_class = Answer
         self._connection, self._origin = connection, wanted
-        connection.connect()
         return connection
+
+
+def _dial(request: Request, host: str, port: int, until: float) -> socket.socket:
+    """A connection to the first address of a host that takes one."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    failure = OSError("no address")
+    for family, kind, protocol, _, address in found[: limits.ADDRESSES]:
+        if not request.own and never_asked(str(address[0])):
+            raise UnreachableError(
+                f"{place(request.url)} is a link-local or metadata address, which is not asked "
+                "because a server says so: look at what the registry and its store are"
+            )
+        try:
+            sock = socket.socket(family, kind, protocol)
+            try:
+                sock.settimeout(max(until - time.monotonic(), 0.001))
+                sock.connect(address)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                return sock
+            except BaseException:
+                sock.close()
+                raise
+        except OSError as error:
+            failure = error
+    raise failure
+
+
+def _meant(url: str, error: Exception) -> Exception:
+    """What a failed request means."""
+    where = place(url)
+    if isinstance(error, ssl.SSLCertVerificationError | ssl.CertificateError):
+        return refused_certificate(url, error)
+    if isinstance(error, ssl.SSLError) and error.reason in NO_TLS:
+        return ConfigurationError(
+            f"{origin_text(url)} answers without TLS: is its address http:// instead of https://?"
+        )
+    if isinstance(error, http.client.BadStatusLine) and str(error).startswith(TLS_ALERT):
+        return ConfigurationError(
+            f"{origin_text(url)} answers with TLS: is its address https:// instead of http://?"
+        )
+    if isinstance(error, socket.gaierror | UnicodeError):
+        return ConnectionFailed(where, describe(error), limits.NAME_TRIES)
+    return ConnectionFailed(where, describe(error))
 
 
 def describe(error: BaseException) -> str:
     """What a network error means, without addresses that could hold a credential."""
     if isinstance(error, TimeoutError):
         return "no answer in time"
-    if isinstance(error, socket.gaierror):
+    if isinstance(error, socket.gaierror | UnicodeError):
         return "host name not found"
     if isinstance(error, http.client.RemoteDisconnected):
         return "the server closed the connection"
     if isinstance(error, http.client.IncompleteRead):
         return "the connection was cut"
+    if isinstance(error, http.client.HTTPException | ValueError):
+        return "the answer is not HTTP"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return type(error).__name__
 
 
-def read_json(response: http.client.HTTPResponse, limit: int = 1 << 20) -> dict[str, Any] | None:
-    """The body as a JSON object; None when it is none (a login page, an ingress's error)."""
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A small answer, whole."""
+
+    status: int
+    is_page: bool
+    """Whether it is a web page, as a login or an ingress shows it."""
+
+    json: dict[str, Any] | None
+    """None when the body is no JSON object."""
+
+
+def ask(request: Request, trust: Trust, timeout: float) -> Reply:
+    """Asks a question whose answer is JSON, over a connection of its own.
+
+    Raises: ConnectionFailed when trying again may help, ConfigurationError, UnreachableError.
+    """
+    seconds = min(limits.ANSWER_SECONDS, timeout)
+    wire = Wire(trust, seconds)
     try:
-        value = json.loads(response.read(limit))
-    except (ValueError, OSError, http.client.HTTPException):
+        # Proxies like oauth2-proxy answer with a login page to who does not ask for JSON.
+        response = wire.send(request.with_headers(Accept="application/json"))
+        body = response.small(limits.ANSWER_BYTES + 1, seconds)
+    except (OSError, http.client.HTTPException) as error:
+        raise ConnectionFailed(place(request.url), describe(error)) from None
+    finally:
+        wire.close()
+    return Reply(response.status, is_page(response), _object(body))
+
+
+def is_page(response: http.client.HTTPResponse) -> bool:
+    return response.headers.get_content_type() == "text/html"
+
+
+def _object(body: bytes) -> dict[str, Any] | None:
+    try:
+        return reading.mapping(reading.document(body, longest=limits.ANSWER_BYTES), "the answer")
+    except reading.UnreadableError:
         return None
-    return value if isinstance(value, dict) else None
-
-
-def _port(parts: SplitResult) -> int:
-    return parts.port or (443 if parts.scheme == "https" else 80)

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import http.client
-import random
 import time
 from typing import Protocol
 
-from . import responses
-from .failures import DeniedError, UnreachableError
+from . import limits, responses
+from .failures import DeniedError
 from .job import Work
+from .patience import Patience, Reasons
 from .receive import ReadFailed, Receiver
 from .responses import Again, Wrong
 from .settings import Settings
 from .sources import HttpSource
 from .stop import Stop
-from .transport import ConnectionFailed, Request, Wire
+from .transport import Answer, ConnectionFailed, Request, Wire
 
-MAX_BACKOFF = 20.0  # seconds between two tries
-MAX_RETRY_AFTER = 120.0  # seconds that a server may ask for
-MAX_REFUSALS = 3  # of fresh credentials in a row
-SLOWEST = 1024  # bytes per second, below which a connection counts as stuck
+MAX_REFUSALS = 3  # in a row; the first one alone leads to a login
 
 
 class Stale(Exception):
@@ -56,11 +53,16 @@ class Worker:
     """Fetches what it is given over its own connection."""
 
     def __init__(
-        self, source: HttpSource, settings: Settings, stop: Stop, observer: Observer
+        self,
+        source: HttpSource,
+        settings: Settings,
+        stop: Stop,
+        reasons: Reasons,
+        observer: Observer,
     ) -> None:
         self.wire = Wire(source.trust, settings.timeout)
         self._source, self._settings, self._stop = source, settings, stop
-        self._observer = observer
+        self._reasons, self._observer = reasons, observer
         self._receiver = Receiver(settings.timeout)
 
     def close(self) -> None:
@@ -73,7 +75,8 @@ class Worker:
         Raises: NoRanges, Wrong, Stale, TemplateErrors, OSError, and what `stop` was set with.
         """
         position = work.chunk.start
-        failures = refusals = 0
+        patience = Patience(work.job.file.path, self._settings, self._stop, self._reasons)
+        refusals = 0
         while True:
             self._check(work)
             request: Request | None = None
@@ -85,14 +88,14 @@ class Worker:
                 refusals += 1
                 if request is None or refusals == MAX_REFUSALS:
                     raise
-                if not self._source.refused(work.job.file, request):
+                if not self._source.refused(work.job.file, request, login=refusals == 1):
                     raise
             except (Again, ConnectionFailed) as error:
                 reached = error.position if isinstance(error, Cut) else position
-                progress = reached > position and not work.job.whole
-                failures = 1 if progress else failures + 1
+                if reached > position and not work.job.whole:
+                    patience.progress()
                 refusals = 0
-                self._pause(work, failures, error)
+                patience.wait(error)
                 position = reached
                 if work.job.whole and reached:
                     work, position = self._observer.whole_again(work), 0
@@ -107,25 +110,38 @@ class Worker:
             )
         response = self.wire.send(request)
         try:
-            responses.check_status(response, job.file, self._source.name)
+            responses.check_status(response, job.file, self._source)
             if not everything:
                 responses.check_range(response, position, end, job.file.size)
             self._observer.answered(work, responses.validator(response))
             responses.check_length(response, end - position)
             self._copy(response, work, position)
-            if everything and response.length is None and response.read(1):
+            if everything and response.length is None and self._more(response):
                 raise Wrong(f"the store sends more than {end:,} bytes")
+        except Cut:
+            self.wire.close()  # what is left would come as slowly
+            raise
         finally:
             self.wire.finish(response)
 
-    def _copy(self, response: http.client.HTTPResponse, work: Work, position: int) -> None:
+    def _more(self, response: Answer) -> bool:
+        """Whether a body of unknown length goes on; one that only does not end has all there is."""
+        try:
+            return bool(response.small(1, limits.DRAIN_SECONDS))
+        except (OSError, http.client.HTTPException, ValueError):
+            self.wire.close()
+            return False
+
+    def _copy(self, response: Answer, work: Work, position: int) -> None:
         """Writes a body to the file."""
         end, plan = work.chunk.end, work.job.plan
         since, count_since = time.monotonic(), 0
+        response.within(self._settings.timeout)
         pieces = self._receiver.receive(response, self.wire.raw, work.sink, position, end)
         try:
             for count in pieces:
                 self._check(work)
+                response.within(self._settings.timeout)
                 self._observer.received(count)
                 before, position = position, position + count
                 for index in plan.ends_within(before, position):
@@ -133,7 +149,7 @@ class Worker:
                 count_since += count
                 elapsed = time.monotonic() - since
                 if elapsed > self._settings.timeout:
-                    if count_since < SLOWEST * elapsed:
+                    if count_since < limits.SLOWEST * elapsed:
                         raise Cut("next to nothing arrives", position)
                     since, count_since = time.monotonic(), 0
         except ReadFailed as error:
@@ -143,14 +159,3 @@ class Worker:
         self._stop.check()
         if work.job.generation != work.generation:
             raise Stale
-
-    def _pause(self, work: Work, failures: int, reason: Exception) -> None:
-        """Waits before the next try; raises UnreachableError when there was one too many."""
-        if failures > self._settings.retries:
-            raise UnreachableError(
-                f"{work.job.file.path} could not be fetched, {failures} tries in a row: {reason}"
-            )
-        after = getattr(reason, "after", None)
-        if after is None:
-            after = min(0.1 * 2**failures, MAX_BACKOFF) * random.uniform(0.5, 1.0)  # noqa: S311
-        self._stop.sleep(min(after, MAX_RETRY_AFTER))

@@ -39,7 +39,7 @@ def test_options_come_from_the_environment_too(pod: Pod, model: PinnedModel) -> 
     assert _parser({"MODEL_FETCH_MOUNT": ""}).parse_args([]).mount is None
     run = pod.run(model, "http://127.0.0.1:9", env={"MODEL_FETCH_ATTEMPTS": "many"})
     assert run.code == 2
-    assert "--attempts" in run.last
+    assert "MODEL_FETCH_ATTEMPTS" in run.last
 
 
 @pytest.mark.parametrize(
