@@ -95,11 +95,24 @@ def test_a_pin_of_another_model(
     )
 
 
-@pytest.mark.parametrize("uri", ["sqlite:///mlflow.db", "mlflow.example.com", "https://"])
-def test_a_tracking_uri_that_is_no_server(refused: Callable[..., str], uri: str) -> None:
-    assert refused(MLFLOW_TRACKING_URI=uri) == (
-        "MLFLOW_TRACKING_URI is not the address of an MLflow server: use http(s)://host[:port]."
+NO_SERVERS = [
+    "sqlite:///mlflow.db",
+    "mlflow.example.com",
+    "https://",
+    "http://[::1",
+    "http://h:5000x",
+]
+
+
+@pytest.mark.parametrize("uri", NO_SERVERS)
+@pytest.mark.parametrize("variable", ["MLFLOW_TRACKING_URI", "MLFLOW_KEYCLOAK_TOKEN_URL"])
+def test_an_address_that_is_no_server(refused: Callable[..., str], variable: str, uri: str) -> None:
+    login = {"MLFLOW_KEYCLOAK_CLIENT_ID": "c", "MLFLOW_CLIENT_SECRET": "s"}
+    line = refused(
+        **{"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{free_port()}", **login, variable: uri}
     )
+    assert line.startswith(f"{variable} is not the address of a server (")
+    assert line.endswith("): use http(s)://host[:port].")
 
 
 def test_a_registry_that_is_not_there(refused: Callable[..., str]) -> None:
