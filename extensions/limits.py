@@ -36,8 +36,8 @@ REDIRECTS = 5
 ADDRESSES = 4
 """Addresses of one host name that are tried."""
 
-NAME_TRIES = 3
-"""For a host name that is not found: it seldom appears while one waits."""
+SETTING_TRIES = 3
+"""Of what looks like a wrong setting: a host name that is not found, TLS that is not answered."""
 
 ANSWER_BYTES = 8 * MIB
 """Of a JSON answer, after decompression."""

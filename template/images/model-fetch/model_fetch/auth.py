@@ -14,7 +14,7 @@ from urllib.parse import urlencode
 
 from .addresses import place
 from .console import one_line
-from .failures import ConfigurationError, DeniedError, UnreachableError
+from .failures import ConfigurationError, DeniedError, TemplateError, UnreachableError
 from .settings import address
 from .transport import RETRYABLE, ConnectionFailed, Reply, Request, ask
 from .trust import Trust
@@ -75,7 +75,7 @@ class Keycloak(Credentials):
         self._lock = threading.Lock()
         self._token = ""
         self._renew_at = 0.0
-        self._refused: DeniedError | ConfigurationError | None = None
+        self._refused: TemplateError | None = None
 
     def headers(self) -> dict[str, str]:
         with self._lock:
@@ -105,7 +105,7 @@ class Keycloak(Credentials):
         try:
             reply = ask(request, self._trust, self._timeout)
             self._token, lifetime = self._read(reply)
-        except (DeniedError, ConfigurationError) as error:
+        except TemplateError as error:
             self._refused = error
             raise
         self._renew_at = time.monotonic() + lifetime * RENEW_AT

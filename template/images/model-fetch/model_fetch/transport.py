@@ -237,7 +237,7 @@ class Wire:
             if scheme == "https":
                 context = self._trust.context
                 sock.settimeout(max(until - time.monotonic(), 0.001))
-                sock = context.wrap_socket(sock, server_hostname=host)
+                sock = _encrypted(sock, context, request.url, host)
                 connection = http.client.HTTPSConnection(host, port, context=context)
             else:
                 connection = http.client.HTTPConnection(host, port)
@@ -249,6 +249,15 @@ class Wire:
         connection.response_class = Answer
         self._connection, self._origin = connection, wanted
         return connection
+
+
+def _encrypted(sock: socket.socket, context: ssl.SSLContext, url: str, host: str) -> socket.socket:
+    try:
+        return context.wrap_socket(sock, server_hostname=host)
+    except TimeoutError:
+        # A plain HTTP server may wait for the end of a line that TLS never sends.
+        reason = "TLS is not answered in time (is it http://?)"
+        raise ConnectionFailed(place(url), reason, limits.SETTING_TRIES) from None
 
 
 def _dial(request: Request, host: str, port: int, until: float) -> socket.socket:
@@ -290,7 +299,7 @@ def _meant(url: str, error: Exception) -> Exception:
             f"{origin_text(url)} answers with TLS: is its address https:// instead of http://?"
         )
     if isinstance(error, socket.gaierror | UnicodeError):
-        return ConnectionFailed(where, describe(error), limits.NAME_TRIES)
+        return ConnectionFailed(where, describe(error), limits.SETTING_TRIES)
     return ConnectionFailed(where, describe(error))
 
 

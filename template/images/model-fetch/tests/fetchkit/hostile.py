@@ -63,7 +63,7 @@ def answering(handler: Handler, certificate: Path | None = None) -> Iterator[Hos
 
     def converse(raw: socket.socket) -> None:
         try:
-            with (context.wrap_socket(raw, server_side=True) if context else raw) as client:
+            with context.wrap_socket(raw, server_side=True) if context else raw as client:
                 while (asked := _read(client)) is not None and not over.is_set():
                     server.asked.append(asked)
                     answer = handler(asked)
@@ -171,6 +171,9 @@ def _read(client: socket.socket) -> Asked | None:
         if not more:
             return None
         data += more
+        if data.startswith(b"\x16\x03"):  # TLS, which real servers answer so as well
+            client.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+            return None
     head, _, body = data.partition(b"\r\n\r\n")
     first, *lines = head.decode("latin-1").split("\r\n")
     method, path, _ = first.split(" ")
