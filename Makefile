@@ -16,6 +16,22 @@ help: ## Say what there is
 demo: $(DEMO)/.installed ## See it happen: MLflow, a model, the repository, the model fetched
 	@$(DEMO)/bin/python demo/demo.py
 
+MODEL ?=
+FOLDER ?=
+REVISION ?=
+
+.PHONY: register
+register: $(DEMO)/.installed ## Register a Hugging Face model in MLflow with its digests: MODEL=ORG/NAME [FOLDER=…]
+	@$(DEMO)/bin/python -W ignore demo/register.py --model "$(MODEL)" $(if $(FOLDER),--folder "$(FOLDER)") $(if $(REVISION),--revision "$(REVISION)")
+
+.PHONY: docs
+docs: $(INSTALLED) ## Build the documentation as a site, in .cache/site; `make docs-serve` shows it
+	@$(BIN)/mkdocs build --quiet --strict
+
+.PHONY: docs-serve
+docs-serve: $(INSTALLED) ## Show the documentation on loopback, as it is written
+	@$(BIN)/mkdocs serve
+
 .PHONY: check
 check: $(INSTALLED) ## Lint and type-check everything (fast, before each commit)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" tests/check.sh

@@ -197,10 +197,10 @@ def inspect(folder: Folder, name: str) -> EmbeddingModel:
             _no_pointer(folder.read(entry.path), f"{name}: {path}")
     digests = _digests(folder, root, found)
     files = tuple(
-        PinnedFile(path, entry.path, entry.size or 0, *digests.get(path, ("", None, None))[1:])
+        PinnedFile(path, entry.path, entry.size or 0, *digests.get(path, (None, None, None))[1:])
         for path, entry in sorted(found.items())
     )
-    revisions = {revision for revision, *_ in digests.values()}
+    revisions = {revision for revision, *_ in digests.values() if revision}
     header = _safetensors_header(folder, found.get("model.safetensors"))
     facts = _facts(config, configs, found, weights, header)
     revision = revisions.pop() if len(revisions) == 1 else None
@@ -331,11 +331,12 @@ def _module_files(configs: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, 
 
 def _digests(
     folder: Folder, root: str, found: Mapping[str, Entry]
-) -> dict[str, tuple[str, str | None, str | None]]:
+) -> dict[str, tuple[str | None, str | None, str | None]]:
     """(revision, sha256, blob sha1) by path, from what huggingface_hub leaves beside a download.
 
     Three lines: commit, ETag (SHA-256 of LFS files, Git's blob SHA-1 of others), time
-    (huggingface_hub/_local_folder.py). A model that was saved anew has none.
+    (huggingface_hub/_local_folder.py). A model that was saved anew has none; `make register` writes
+    the digests of such a one in the same way, without a commit.
     """
     prefix = f"{root}/" if root else ""
     cached = _join(root, _DIGEST_FOLDER)
@@ -348,11 +349,10 @@ def _digests(
             continue
         lines = folder.read(metadata).decode("utf-8", "replace").splitlines()
         revision, etag = (line.strip().strip('"') for line in [*lines, "", ""][:2])
-        if not re.fullmatch(r"[0-9a-f]{40}", revision):
-            continue
         sha256 = etag if re.fullmatch(r"[0-9a-f]{64}", etag) else None
         sha1 = etag if re.fullmatch(r"[0-9a-f]{40}", etag) else None
-        digests[path] = (revision, sha256, sha1)
+        known = re.fullmatch(r"[0-9a-f]{40}", revision)
+        digests[path] = (revision if known else None, sha256, sha1)
     return digests
 
 
