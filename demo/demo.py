@@ -38,6 +38,7 @@ TEXTS = (
 def main() -> int:
     """Run all steps; returns an exit code."""
     started = time.monotonic()
+    found = tei.find(accelerator.for_name("cpu").official_images)
     project, cache, link = (STATE / name for name in ("text-embeddings", "cache", "model"))
     shutil.rmtree(STATE, ignore_errors=True)
     step(1, "Starting a real MLflow server (its imports take a while)")
@@ -79,7 +80,6 @@ def main() -> int:
         run([*fetch, "--verify"], cwd=project / "images/model-fetch")
 
     facts = pin["facts"]
-    found = tei.find(accelerator.for_name("cpu").official_images)
     if isinstance(found, tei.Tei):
         serves(found, project, link)
     print(f"\nDone in {time.monotonic() - started:.0f} s. Everything is stopped.\n")
@@ -111,8 +111,7 @@ def serves(found: tei.Tei, project: Path, link: Path) -> None:
     with tei.serving(found, link, flags, seconds=120 if found.program else 1800) as server:
         say(f"it serves at {server.url} with {' '.join(flags)}")
         step(7, "Checking it with the repository's own checks")
-        for check in ("smoke", "parity"):
-            run(["make", "--no-print-directory", "-C", str(project), check, f"URL={server.url}"])
+        run(["make", "--no-print-directory", "-C", str(project), "smoke", f"URL={server.url}"])
         vectors = embed(server.url, TEXTS)
         numbers = "  ".join(f"{number:+.4f}" for number in vectors[0][:8])
         print(f"\n  {TEXTS[0]!r} is {len(vectors[0])} numbers:\n  {numbers}  …\n")

@@ -15,6 +15,10 @@ from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "smoke"))
+
+from endpoint import base_url  # noqa: E402
+
 FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page.js": ("page.js", "text/javascript; charset=utf-8"),
@@ -117,28 +121,18 @@ def reason(error: Exception) -> str:
     return "".join(c for c in str(text) if c.isprintable() and c != "\\")[:200]
 
 
-def address(url: str) -> SplitResult:
-    """A service's address; argparse tells what is wrong with another."""
-    try:
-        parts = urlsplit(url)
-        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        valid = False
-    if not valid or "@" in parts.netloc:
-        raise argparse.ArgumentTypeError(
-            "give an address such as http://127.0.0.1:8355, without a login"
-        )
-    # What the README names for OpenAI's client is the same service.
-    return parts._replace(path=parts.path.rstrip("/").removesuffix("/v1"), query="", fragment="")
-
-
 def main() -> int:
     """Serve until Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--url", type=address, default=address("http://127.0.0.1:8355"))
+    parser.add_argument("--url", default="http://127.0.0.1:8355")
     parser.add_argument("--port", type=int, default=8356, help="of the page, on 127.0.0.1")
     given = parser.parse_args()
-    Page.service = given.url
+    try:
+        # What the README names for OpenAI's client is the same service.
+        Page.service = urlsplit(base_url(given.url).removesuffix("/v1"))
+    except ValueError as error:
+        print(f"playground: {error}", file=sys.stderr)
+        return 1
     try:
         server = ThreadingHTTPServer(("127.0.0.1", given.port), Page)
     except (OSError, OverflowError) as error:
@@ -148,7 +142,7 @@ def main() -> int:
         )
         return 1
     print(
-        f"http://127.0.0.1:{server.server_port}/ shows {given.url.geturl()}; Ctrl-C ends it",
+        f"http://127.0.0.1:{server.server_port}/ shows {Page.service.geturl()}; Ctrl-C ends it",
         flush=True,
     )
     try:
