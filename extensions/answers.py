@@ -156,6 +156,9 @@ RULES: dict[str, Rule] = {
 YES_OR_NO = ("accept_license", "open_to_everyone")
 """Answers that are read with `truth`."""
 
+NAMES = (*RULES, *YES_OR_NO, "advanced")
+"""Of all answers that a person gives."""
+
 
 def _shown(value: object, rule: Rule) -> str:
     """A value as it may stand in an error: short, printable, and never a credential."""
@@ -181,6 +184,11 @@ def problem(name: str, value: object) -> str:
     return "" if fits else f"{shown} {rule.wanted}."
 
 
+def _bool_problem(name: str, value: object) -> str:
+    fits = isinstance(value, bool | str) or value in (0, 1)
+    return "" if fits else f"{name}: {_shown(value, Rule())} is neither yes nor no."
+
+
 def _items(value: object) -> list[Any]:
     """The items of a list answer, which --data gives as YAML text; [None] when it is no list."""
     items = mapping(value)
@@ -193,15 +201,30 @@ def check(given: Mapping[str, object]) -> None:
     Raises: ConfigurationError, in one sentence that names the answer.
     """
     for name, value in given.items():
-        if wrong := problem(name, value):
+        if value is None:
+            raise ConfigurationError(f"{name}: null is no answer: give one, or leave {name} out.")
+        if wrong := problem(name, value) if name in RULES else _bool_problem(name, value):
             raise ConfigurationError(wrong)
+
+
+def check_defaults(usual: Mapping[str, object]) -> None:
+    """Refuse a default of Copier's own settings file that cannot be an answer here.
+
+    Raises: ConfigurationError, in one sentence that names the answer.
+    """
+    try:
+        check({n: v for n, v in usual.items() if not (isinstance(v, str) and "{" in v)})
+    except ConfigurationError as error:
+        raise ConfigurationError(f"defaults of Copier's settings: {error}") from None
 
 
 def mapping(given: object) -> object:
     """A mapping answer, which --data gives as YAML text; None when the text is no YAML."""
     try:
         return yaml.safe_load(given) if isinstance(given, str) else given
-    except yaml.YAMLError:
+    except (
+        Exception
+    ):  # PyYAML lets Python's own errors through, of eight kinds (!!bool x, 2024-99-99)
         return None
 
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 import sys
-from collections.abc import Callable
-from functools import wraps
+import traceback
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from copier.errors import UserMessageError
 from jinja2 import Environment, Template, pass_context
@@ -44,17 +44,31 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"{_package()}.{name}")
 
 
-def _spoken(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a TemplateError reach the user as Copier's own one-line error."""
+_TRACEBACK = "TKT_TRACEBACK"
+"""Environment variable that shows where an error came from."""
 
-    @wraps(function)
-    def speak(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return function(*args, **kwargs)
-        except _module("errors").TemplateError as error:
+
+def _speak_in_one_line(environment: Environment) -> None:
+    """Let every error of questions and files reach the user as Copier's own one-line error."""
+    errors, usual = _module("errors"), environment.handle_exception
+
+    def handle_exception(source: str | None = None) -> NoReturn:
+        error = sys.exc_info()[1]
+        if isinstance(error, UserMessageError) or os.environ.get(_TRACEBACK):
+            usual(source)
+        if isinstance(error, errors.TemplateError):
             raise UserMessageError(str(error)) from None
+        # Its text may hold what must not be shown, an address with a login for one.
+        place = traceback.extract_tb(error.__traceback__)[-1] if error else None
+        where = f" in {Path(place.filename).name}, line {place.lineno}" if place else ""
+        raise UserMessageError(
+            errors.one_line(
+                f"The template met what it does not know ({type(error).__name__}{where}): set "
+                f"{_TRACEBACK}=1 to see where it came from, and report it."
+            )
+        ) from None
 
-    return speak
+    environment.handle_exception = handle_exception  # type: ignore[method-assign]
 
 
 def _compile_once(environment: Environment) -> None:
@@ -81,6 +95,7 @@ class TextEmbeddings(Extension):
     def __init__(self, environment: Environment) -> None:
         super().__init__(environment)
         _compile_once(environment)
+        _speak_in_one_line(environment)
         answers, accelerator, catalog, texts = map(
             _module, ("answers", "accelerator", "catalog", "texts")
         )
@@ -94,8 +109,14 @@ class TextEmbeddings(Extension):
             """Check all answers given so far, before Copier turns a wrong one into a traceback."""
             # Jinja has a global called `namespace`: that one is no answer.
             none = environment.globals
-            given = {n: context[n] for n in answers.RULES if context.get(n) is not none.get(n)}
+            given = {
+                n: context[n]
+                for n in answers.NAMES
+                if n in context and (n not in none or context[n] is not none[n])
+            }
             answers.check(given)
+            usual = context["_copier_conf"]["settings"].defaults
+            answers.check_defaults({n: usual[n] for n in answers.NAMES if n in {*usual} - {*given}})
             if "pin" in context and not refreshing(context):
                 _module("pin").Pin.from_mapping(answers.mapping(context["pin"]))
             return True
@@ -190,6 +211,11 @@ class TextEmbeddings(Extension):
             return catalog.deployed(pin, context["model_task"])
 
         @pass_context
+        def pinned(context: Context) -> object:
+            """The pin with all its keys, which one that was written by hand may lack."""
+            return _module("pin").Pin.from_mapping(context["pin"]).to_mapping()
+
+        @pass_context
         def deployed_pin(context: Context) -> object:
             """What pin.json says."""
             return pin_of(context).to_mapping()
@@ -247,6 +273,7 @@ class TextEmbeddings(Extension):
             "accelerator_of": accelerator.for_name,
             "chosen_components": chosen_components,
             "components_left_out": components_left_out,
+            "pinned": pinned,
             "deployed_pin": deployed_pin,
             "plan": plan,
             "thinkube": thinkube,
@@ -257,10 +284,11 @@ class TextEmbeddings(Extension):
             "listener": _module("edge").listener,
             "labels_of": _module("edge").split_pairs,
         }
-        environment.globals.update({name: _spoken(f) for name, f in functions.items()})
+        environment.globals.update(functions)
         environment.filters.update(
             yaml_text=texts.yaml_text,
             yaml_name=texts.yaml_name,
+            argument_text=texts.argument_text,
             markdown_code=texts.markdown_code,
             markdown_text=texts.markdown_text,
             shell_text=texts.shell_text,

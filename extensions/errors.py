@@ -5,12 +5,27 @@ The text of every error here is shown as it is, so it never holds a credential a
 
 from __future__ import annotations
 
+LONGEST = 500
+"""Characters of one line for a person."""
+
+
+def one_line(text: object, longest: int = LONGEST) -> str:
+    """Text that cannot break a line, move a terminal's cursor or fill a screen.
+
+    What is too long loses its middle: errors begin with what is wrong and end with what to do.
+    """
+    said, some, end = str(text), 50 * longest, longest // 3
+    if len(said) > 2 * some:
+        said = said[:some] + said[-some:]
+    line = " ".join("".join(c if c.isprintable() else " " for c in said).split())
+    return line if len(line) <= longest else f"{line[: longest - end - 3]} … {line[-end:]}"
+
 
 class TemplateError(Exception):
     """Base of all errors that are told to the user in one line."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(one_line(message))
 
 
 class ConfigurationError(TemplateError):

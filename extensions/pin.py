@@ -6,15 +6,17 @@ in the answers file and in the cluster; here it is checked, resolved, and compar
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
+from urllib.parse import urlsplit
 
-from . import compatibility, embedding_model
+from . import compatibility, embedding_model, reading
 from .compatibility import JINA_V3_TASKS
 from .embedding_model import EmbeddingModel, Facts, PinnedFile
 from .errors import ConfigurationError, NotFoundError, UnsuitableModelError
+from .reading import UnreadableError
 from .registry import Registry, VersionFolder, registered_name, tracking_uri
 
 JINA_V3 = "jina-embeddings-v3"
@@ -68,26 +70,10 @@ class Pin:
     @classmethod
     def from_mapping(cls, mapping: object) -> Pin:
         """Raises ConfigurationError, in one sentence, when the mapping is no pin."""
-        pin = _checked("pin", mapping, dict)
-        values: dict[str, Any] = {}
-        for name, pattern in _TEXTS.items():
-            values[name] = _text(f"pin.{name}", pin.get(name), pattern, name not in _REQUIRED)
-        files = _checked("pin.files", pin.get("files"), list)
-        parsed = tuple(_file(file) for file in files)
-        if len({file.path for file in parsed}) < len(parsed):
-            raise ConfigurationError("pin.files names a path twice: resolve the pin again.")
-        if values["version"] is not None and (not parsed or values["artifact_uri"] is None):
-            raise ConfigurationError(
-                "pin.files or pin.artifact_uri is missing though a version is pinned: resolve the "
-                "pin again."
-            )
-        return cls(
-            **values,
-            files=parsed,
-            facts=_parsed_facts(pin.get("facts")),
-            conversion=_parsed_conversion(pin.get("conversion")),
-            remarks=_parsed_remarks(pin.get("remarks")),
-        )
+        try:
+            return cls(**_parsed(reading.mapping(mapping, "pin")))
+        except UnreadableError as error:
+            raise ConfigurationError(f"{error}: resolve the pin again.") from None
 
 
 _REQUIRED = frozenset({"model_id", "registered_model", "selector"})
@@ -98,35 +84,80 @@ _TEXTS = {
     "version": r"[1-9][0-9]*",
     "run_id": r"[0-9A-Za-z_-]+",
     "logged_model_id": r"m-[0-9A-Za-z]+",
-    "artifact_uri": r"(?!runs:|models:)[a-z][a-z0-9+.-]*:[^\s]+|/[^\s]*",
+    "artifact_uri": r"(?!runs:|models:)[a-z][a-z0-9+.-]*:\S(.*\S)?|/(.*\S)?",
     "revision": r"[0-9a-f]{40}",
 }
+_ONE_OF = {
+    "pooling": ("cls", "mean", "last-token"),
+    "dtype": ("float32", "float16", "bfloat16"),
+}
+_OWN_ENDINGS = (".new", ".client")
+"""Of the files that model-fetch writes beside a file while it makes it (prepare.py, sources.py)."""
+
+_MOST_FILES = 5_000
+_LONGEST_PATH = 1_024
 
 
-def _checked(name: str, value: object, kind: type) -> Any:
-    if not isinstance(value, kind):
-        wanted = {"dict": "a mapping", "list": "a list"}[kind.__name__]
-        raise ConfigurationError(f"{name} is not {wanted}: resolve the pin again.")
-    return value
+def _parsed(pin: Mapping[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        name: _text(f"pin.{name}", pin.get(name), pattern, name not in _REQUIRED)
+        for name, pattern in _TEXTS.items()
+    }
+    if values["artifact_uri"] is not None:
+        check_address(values["artifact_uri"])
+    files = reading.items(pin.get("files"), "pin.files")
+    if len(files) > _MOST_FILES:
+        raise UnreadableError(f"pin.files names more than {_MOST_FILES} files")
+    values["files"] = tuple(_file(file) for file in files)
+    _check_names([file.path for file in values["files"]])
+    if values["version"] is not None and (not files or values["artifact_uri"] is None):
+        raise UnreadableError("pin.files or pin.artifact_uri is missing though a version is pinned")
+    values["facts"] = _parsed_facts(pin.get("facts"))
+    values["conversion"] = _parsed_conversion(pin.get("conversion"))
+    values["remarks"] = tuple(
+        _text("an item of pin.remarks", remark, r"[^\0]*")
+        for remark in reading.items(pin.get("remarks") or [], "pin.remarks")
+    )
+    return values
 
 
 def _text(name: str, value: object, pattern: str, optional: bool = False) -> str | None:
-    if value is None and optional:
-        return None
-    if isinstance(value, str) and value.isprintable() and re.fullmatch(pattern, value):
-        return value
-    raise ConfigurationError(f"{name} is missing or not what it must be: resolve the pin again.")
+    if value is None:
+        if optional:
+            return None
+        raise UnreadableError(f"{name} is missing")
+    text = reading.text(value, name, pattern)
+    if not text.isprintable():
+        raise UnreadableError(f"{name} is not printable")
+    return text
 
 
-def _file(mapping: object) -> PinnedFile:
-    file = _checked("an item of pin.files", mapping, dict)
-    size = file.get("size")
-    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-        raise ConfigurationError("pin.files has a file without its size: resolve the pin again.")
+def check_address(uri: str) -> None:
+    """Refuse an artifact URI that holds a login: it would be kept with the answers, for all to read.
+
+    Raises: UnreadableError.
+    """
+    try:
+        parts = urlsplit(uri)
+        login, at, _ = parts.netloc.rpartition("@")
+        _ = parts.port
+    except ValueError:
+        raise UnreadableError("pin.artifact_uri is not an address") from None
+    web = parts.scheme in ("http", "https", "mlflow-artifacts")
+    # Of other stores the part before the @ may be a name: wasbs://container@account, sftp://user@host.
+    if ":" in login or (web and (at or parts.query)):
+        raise UnreadableError(
+            "pin.artifact_uri holds a login, and store keys belong to the environment: have the "
+            "registry keep the artifact's address without it"
+        )
+
+
+def _file(value: object) -> PinnedFile:
+    file = reading.mapping(value, "an item of pin.files")
     return PinnedFile(
         path=_relative("path", file.get("path")),
         source=_relative("from", file.get("from")),
-        size=size,
+        size=reading.count(file.get("size"), "pin.files: size"),
         sha256=_text("pin.files.sha256", file.get("sha256"), r"[0-9a-f]{64}", optional=True),
         blob_sha1=_text(
             "pin.files.blob_sha1", file.get("blob_sha1"), r"[0-9a-f]{40}", optional=True
@@ -138,12 +169,31 @@ def _relative(name: str, value: object) -> str:
     """A path that stays below the folder it is joined to."""
     path = value if isinstance(value, str) and value.isprintable() else ""
     parts = path.split("/")
-    if not path or "\\" in path or any(part in ("", ".", "..") for part in parts):
-        raise ConfigurationError(
-            f"pin.files has a {name} that leaves the model's folder or is empty: resolve the pin "
-            "again."
-        )
+    if "\\" in path or any(part in ("", ".", "..") for part in parts):
+        raise UnreadableError(f"pin.files has a {name} that leaves the model's folder or is empty")
+    if len(path) > _LONGEST_PATH or any(len(part.encode()) > 255 for part in parts):
+        raise UnreadableError(f"pin.files has a {name} that is longer than a file's name can be")
     return path
+
+
+def _check_names(paths: Iterable[str]) -> None:
+    """Refuse what cannot stand together in one folder, on any volume, or is model-fetch's own.
+
+    SMB and Azure Files know no case and drop a dot or a space at the end.
+    """
+    files: set[str] = set()
+    folders: set[str] = set()
+    for path in paths:
+        parts = path.split("/")
+        if any(p[0] == "." or p[-1] in ". " for p in parts) or path.endswith(_OWN_ENDINGS):
+            raise UnreadableError("pin.files has a path that is kept for model-fetch itself")
+        folded = unicodedata.normalize("NFC", path).casefold()
+        if folded in files:
+            raise UnreadableError("pin.files names a path twice")
+        files.add(folded)
+        folders.update(folded.rsplit("/", depth)[0] for depth in range(1, len(parts)))
+    if files & folders:
+        raise UnreadableError("pin.files names a path that is also a folder")
 
 
 def _file_mapping(file: PinnedFile) -> dict[str, Any]:
@@ -153,26 +203,26 @@ def _file_mapping(file: PinnedFile) -> dict[str, Any]:
 
 
 def _parsed_facts(mapping: object) -> Facts:
-    facts = _checked("pin.facts", mapping, dict)
+    facts = reading.mapping(mapping, "pin.facts")
     known = {f.name: f.type for f in fields(Facts)}
-    values = {name: value for name, value in facts.items() if name in known}
+    values = {n: value for n, value in facts.items() if n in known and value is not None}
     for name, value in values.items():
-        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        kind = str(known[name])
         fits = {
             "str": isinstance(value, str) and value.isprintable(),
-            "str | None": value is None or (isinstance(value, str) and value.isprintable()),
-            "int | None": value is None or whole,
-            "bool | None": value is None or isinstance(value, bool),
-        }.get(str(known[name]), isinstance(value, dict))
-        if not fits:
-            raise ConfigurationError(f"pin.facts.{name} is not what it must be: resolve it again.")
-    prompts = values.get("prompts") or {}
+            "str | None": isinstance(value, str) and value.isprintable(),
+            "int | None": embedding_model.positive(value) is not None,
+            "bool | None": isinstance(value, bool),
+        }.get(kind, isinstance(value, dict))
+        if not fits or value not in _ONE_OF.get(name, (value,)):
+            raise UnreadableError(f"pin.facts.{name} is not what it must be")
+    prompts = values.get("prompts", {})
     if "architecture" not in values or not all(
         isinstance(text, str) and text.replace("\n", "").isprintable()
         for item in prompts.items()
         for text in item
     ):
-        raise ConfigurationError("pin.facts is not complete: resolve the pin again.")
+        raise UnreadableError("pin.facts is not complete")
     # The answers file sorts its keys: what is rendered must not depend on another order.
     return Facts(**(values | {"prompts": dict(sorted(prompts.items()))}))
 
@@ -180,22 +230,14 @@ def _parsed_facts(mapping: object) -> Facts:
 def _parsed_conversion(mapping: object) -> Mapping[str, str] | None:
     if mapping is None:
         return None
-    conversion = _checked("pin.conversion", mapping, dict)
+    conversion = reading.mapping(mapping, "pin.conversion")
     task = conversion.get("task")
     known = conversion.get("kind") == JINA_V3 and (task is None or task in JINA_V3_TASKS)
     if not known or set(conversion) - {"kind", "task"}:
-        raise ConfigurationError(
-            f"pin.conversion is not known: it is {{kind: {JINA_V3}, task: one of "
-            f"{', '.join(JINA_V3_TASKS)}}}."
+        raise UnreadableError(
+            f"pin.conversion is not {{kind: {JINA_V3}, task: one of {', '.join(JINA_V3_TASKS)}}}"
         )
     return dict(conversion)
-
-
-def _parsed_remarks(value: object) -> tuple[str, ...]:
-    remarks = _checked("pin.remarks", value if value is not None else [], list)
-    if not all(isinstance(remark, str) and remark.isprintable() for remark in remarks):
-        raise ConfigurationError("pin.remarks holds what is no sentence: resolve the pin again.")
-    return tuple(remarks)
 
 
 # Resolving

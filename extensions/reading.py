@@ -64,7 +64,7 @@ def mapping(value: object, name: str) -> dict[str, Any]:
     """A JSON object."""
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return value
-    raise UnreadableError(f"{name} is not an object")
+    raise UnreadableError(f"{name} is not a mapping")
 
 
 def items(value: object, name: str) -> list[Any]:

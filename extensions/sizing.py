@@ -690,7 +690,7 @@ def _flags(
     yield Flag(
         "--model-id", "/model/current", "The link that model-fetch sets to the pinned version"
     )
-    yield Flag("--served-model-name", pin.model_id, "What clients name as `model`")
+    yield Flag("--served-model-name", pin.model_id, "What clients name as model")
     yield Flag(
         "--pooling",
         pooling,

@@ -7,7 +7,9 @@ import re
 import shlex
 
 _YAML_WORDS = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})
-_MARKDOWN = re.compile(r"([\\`*_\[\]<>#!|~$&])")
+_MARKDOWN = re.compile(r"([\\`*_\[\]<>#!|~$&@]|/(?=/)|(?<=www)\.)", re.IGNORECASE)
+"""Characters that mean something, and those by which GitHub makes links of bare addresses."""
+
 _LINE_START = re.compile(r"^(\s*)([-+=]|\d+[.)])")
 
 
@@ -45,6 +47,21 @@ def shell_text(text: object) -> str:
     return shlex.quote(str(text))
 
 
+def argument_text(text: object) -> str:
+    """An argument of a container in YAML: Kubernetes and Compose fill in what follows a `$`."""
+    return yaml_text(str(text).replace("$", "$$"))
+
+
 def without_credentials(url: object) -> str:
-    """A URL without user and password: Copier stores its template's URL as it was typed."""
-    return re.sub(r"^([a-z+]+://)[^/@]*@", r"\1", str(url))
+    """A template's URL without login and query: Copier stores it as it was typed.
+
+    The user of an SSH address stays: it is no secret, and nothing can be cloned without it.
+    """
+    scheme, separator, rest = str(url).partition("://")
+    if not separator:
+        return str(url)
+    address = re.split(r"[?#]", rest)[0]
+    authority, slash, path = address.partition("/")
+    login, at, host = authority.rpartition("@")
+    user = login.partition(":")[0] + at if "ssh" in scheme.lower() else ""
+    return f"{scheme}://{user}{host}{slash}{path}"

@@ -229,7 +229,11 @@ def copier_copy(template: Path, tmp_path: Path) -> Callable[..., Run]:
     """Run the real `copier copy` as a person would, with a home of its own."""
 
     def run(
-        *data: str, python: Path | None = None, target: Path | None = None, **variables: str
+        *data: str,
+        python: Path | None = None,
+        target: Path | None = None,
+        words: tuple[str, ...] = (),
+        **variables: str,
     ) -> Run:
         target = target or tmp_path / "target"
         answers = [word for item in data for word in ("-d", item)]
@@ -237,7 +241,7 @@ def copier_copy(template: Path, tmp_path: Path) -> Callable[..., Run]:
         names = ("PATH", "LANG", "MLFLOW_LOGGING_LEVEL")
         clean = {name: os.environ[name] for name in names if name in os.environ}
         result = subprocess.run(
-            [*command, *answers, str(template), str(target)],
+            [*command, *words, *answers, str(template), str(target)],
             capture_output=True,
             text=True,
             cwd=tmp_path,

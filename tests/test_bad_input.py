@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import copier
 import pytest
 import trustme
+import yaml
+from copier.errors import UserMessageError
 
 from demo.registry import free_port, serve
-from tests.conftest import Run
+from extensions import answers
+from extensions.errors import ConfigurationError, TemplateError
+from extensions.pin import Pin
+from tests.conftest import Render, Run, variables
 from tests.gateway import HTML, JSON, Answer, Request, gateway, only_with
 from tests.snapshots import register, safetensors, snapshot, write
 
@@ -21,12 +28,12 @@ Copy = Callable[..., Run]
 def refused(copier_copy: Copy, tmp_path: Path) -> Callable[..., str]:
     """Run a copy that must fail, into a new and into an existing folder; returns its one line."""
 
-    def run(*data: str, **options: str) -> str:
+    def run(*data: str, words: tuple[str, ...] = (), **options: str) -> str:
         lines = set()
         existing = tmp_path / "existing"
         write(existing / "mine.txt", "untouched")
         for target in (tmp_path / "new", existing):
-            result = copier_copy(*data, target=target, **options)
+            result = copier_copy(*data, target=target, words=words, **options)
             assert result.code == 1, result
             assert result.error.count("\n") == 1, result.error
             assert result.output.strip() == ""
@@ -68,8 +75,7 @@ def refused(copier_copy: Copy, tmp_path: Path) -> Callable[..., str]:
          "a tracking URI: use http(s)://host[:port][/path] without user, password or query."),
         ("tei_ref=v1.9.4", "tei_ref: 'v1.9.4' is not a commit of TEI: use its 40 hexadecimal digits."),
         ("pin={", "pin is not a mapping: resolve the pin again."),
-        ("pin={model_id: a}", "pin.registered_model is missing or not what it must be: resolve the pin "
-         "again."),
+        ("pin={model_id: a}", "pin.registered_model is missing: resolve the pin again."),
         ("model_id=acme/unheard-of", "acme/unheard-of is not in the catalogue and MLFLOW_TRACKING_URI is not "
          "set: set it, or choose one of nomic-ai/nomic-embed-text-v1.5, BAAI/bge-base-en-v1.5, "
          "BAAI/bge-large-en-v1.5, Alibaba-NLP/gte-large-en-v1.5, jinaai/jina-embeddings-v2-base-code, "
@@ -78,6 +84,175 @@ def refused(copier_copy: Copy, tmp_path: Path) -> Callable[..., str]:
 )  # fmt: skip
 def test_a_wrong_answer(refused: Callable[..., str], answer: str, line: str) -> None:
     assert refused(answer) == line
+
+
+YAML_THAT_IS_NONE = [
+    "2024-99-99", "0x_", "!!int abc", "!!bool x", "!!timestamp x", "!!float x", "!!binary é", "!!set [",
+    "!!omap x", "!!merge x", "!!python/object/apply:os.system [id]", "9" * 5000, "[" * 1500, "{" * 1500,
+    "&a [*a", "\x00", "? [", "%YAML 9.9", "- !!null x\n- !!int 1_:_",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", YAML_THAT_IS_NONE, ids=range(len(YAML_THAT_IS_NONE)))
+def test_data_that_no_yaml_reader_takes(text: str) -> None:
+    assert answers.mapping(text) is None or answers.problem("components", text)
+    with pytest.raises(ConfigurationError):
+        Pin.from_mapping(answers.mapping(text))
+
+
+def test_such_data_on_the_command_line(refused: Callable[..., str]) -> None:
+    assert refused("pin=!!bool x") == "pin is not a mapping: resolve the pin again."
+    assert refused("components=" + "[" * 1500).startswith("components: '[[[[[")
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        ("pooling:", "pooling: null is no answer: give one, or leave pooling out."),
+        ("advanced: ~", "advanced: null is no answer: give one, or leave advanced out."),
+        ("accept_license: [1]", "accept_license: '[1]' is neither yes nor no."),
+        ("advanced: 1" + "0" * 400, "advanced: '1" + "0" * 59 + "…' is neither yes nor no."),
+        ("replicas: 1.5", "replicas: '1.5' is not a number of replicas: use a whole number from 1 to 99."),
+        ("namespace: {a: b}", "namespace: '{'a': 'b'}' is not a Kubernetes namespace: use at most 63 "
+         "lower-case letters, digits and '-'."),
+        ("tei_ref: 2024-01-01", "tei_ref: '2024-01-01' is not a commit of TEI: use its 40 hexadecimal "
+         "digits."),
+    ],
+)  # fmt: skip
+def test_an_answer_of_another_type(data: str, line: str) -> None:
+    """--data-file, an answers file that was edited, and the user's own defaults are YAML."""
+    with pytest.raises(ConfigurationError) as refusal:
+        answers.check(yaml.safe_load(data))
+    assert str(refusal.value) == line
+
+
+def test_such_answers_in_the_files_that_people_write(
+    refused: Callable[..., str], tmp_path: Path
+) -> None:
+    write(tmp_path / "data.yml", "pooling:")
+    write(tmp_path / "settings.yml", "defaults: {replicas: 7.5}")
+    assert refused(words=("--data-file", str(tmp_path / "data.yml"))) == (
+        "pooling: null is no answer: give one, or leave pooling out."
+    )
+    assert refused(COPIER_SETTINGS_PATH=str(tmp_path / "settings.yml")) == (
+        "defaults of Copier's settings: replicas: '7.5' is not a number of replicas: use a whole "
+        "number from 1 to 99."
+    )
+
+
+def test_a_default_that_is_overridden_is_nobody_s_business(
+    copier_copy: Copy, tmp_path: Path
+) -> None:
+    write(tmp_path / "settings.yml", "defaults: {replicas: many, other_template: {a: [1]}}")
+    settings = {"COPIER_SETTINGS_PATH": str(tmp_path / "settings.yml")}
+    assert copier_copy("replicas=2", "accelerator=cpu", **settings).code == 0
+
+
+PIN = {
+    "model_id": "a", "registered_model": "a", "selector": "latest", "version": None, "files": [],
+    "facts": {"architecture": "bert", "dimensions": 8, "pooling": "mean", "weights_bytes": 1000},
+}  # fmt: skip
+
+
+def test_a_pin_with_the_necessary_keys_alone_renders(render: Render) -> None:
+    render(pin=PIN, model_id="a", accelerator="cpu", program=False)
+    nulls = dict.fromkeys(("remarks", "conversion", "revision", "run_id", "artifact_uri"))
+    facts = {**PIN["facts"], "license": None, "prompts": None}  # type: ignore[dict-item]
+    render(pin=PIN | nulls | {"facts": facts}, model_id="a", accelerator="cpu", program=False)
+
+
+def file(path: str, **more: object) -> dict[str, object]:
+    return {"path": path, "from": path, "size": 1, **more}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"facts": {"architecture": "bert", "pooling": "mean${HOME}"}},
+        {"facts": {"architecture": "bert", "dtype": "float64"}},
+        {"facts": {"architecture": "bert", "weights_bytes": 0}},
+        {"facts": {"architecture": "bert", "weights_bytes": 10**400}},
+        {"facts": {"architecture": "bert", "hidden_size": 2**53 + 1}},
+        {"facts": {"architecture": "bert", "layers": True}},
+        {"facts": {"architecture": "bert", "dimensions": 1.0}},
+        {"facts": {"architecture": "\x1b[31m"}},
+        {"facts": {"architecture": "bert", "prompts": {"a": ["b"]}}},
+        {"facts": {"architecture": "bert", "prompts": {1: "b"}}},
+        {"remarks": ["a\nb"]},
+        {"remarks": "a"},
+        {"model_id": "a\n"},
+        {"files": {"a": 1}},
+        {"files": [file("a", size=-1)]},
+        {"files": [file("a", size=2**53 + 1)]},
+        {"files": [file("a", size=True)]},
+        {"files": [file("a", sha256="A" * 64)]},
+        {"files": [file("../a")]},
+        {"files": [file("a" * 300)]},
+        {"files": [file("a/" * 600 + "b")]},
+        {"files": [file(".model-fetch.json")]},
+        {"files": [file(".converted/x")]},
+        {"files": [file("1_Pooling/.hidden")]},
+        {"files": [file("config.json.new")]},
+        {"files": [file("model.safetensors.client/x.client")]},
+        {"files": [file("config.json"), file("Config.json")]},
+        {"files": [file("config.json"), file("config.json.")]},
+        {"files": [file("straße.json"), file("STRASSE.json")]},
+        {"files": [file("\u00e9.json"), file("e\u0301.json")]},
+        {"files": [file("a"), file("A/b")]},
+        {"files": [file(str(n)) for n in range(5001)]},
+        {"version": "3", "files": [file("a")]},
+        {"artifact_uri": "runs:/a/b"},
+        {"artifact_uri": "mlflow-artifacts://[::1"},
+        {"artifact_uri": "http://host:99999999/x"},
+        {"artifact_uri": "s3://a\nb"},
+        {"artifact_uri": "s3://a "},
+        {"artifact_uri": "ftp://user:password@host/x"},
+        {"artifact_uri": "https://token@host/x"},
+        {"artifact_uri": "sftp://user:password@host/x"},
+        {"artifact_uri": "https://host/x?sig=secret"},
+        {"artifact_uri": "mlflow-artifacts://user@host/x"},
+    ],
+)  # fmt: skip
+def test_a_pin_that_is_none(changes: dict[str, object]) -> None:
+    with pytest.raises(ConfigurationError) as refusal:
+        Pin.from_mapping(PIN | changes)
+    assert str(refusal.value).endswith(": resolve the pin again.")
+    assert "password" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "wasbs://container@account.blob.core.windows.net/a", "sftp://user@host/a", "s3://b/a@b c",
+        "/srv/my models", "file:///srv/a:b@c", "mlflow-artifacts:/1/2/artifacts/bge m3",
+        "dbfs:/a", "abfss://c@account.dfs.core.windows.net/a", "http://host:80/a",
+    ],
+)  # fmt: skip
+def test_an_artifact_uri_without_a_secret_is_kept(uri: str) -> None:
+    assert Pin.from_mapping(PIN | {"artifact_uri": uri}).artifact_uri == uri
+
+
+def test_what_the_template_does_not_know_is_one_line_too(template: Path, tmp_path: Path) -> None:
+    """The last net: an error of ours, in a question or in a file, is no traceback either."""
+    for name, text in (("README.md.jinja", "{{ 1 / 0 }}"), ("Makefile.jinja", "{{ nowhere.at }}")):
+        spoilt = tmp_path / name
+        shutil.copytree(template, spoilt, symlinks=True)
+        (spoilt / "template" / name).write_text(text)
+        with pytest.raises(UserMessageError, match="TKT_TRACEBACK=1") as told:
+            copier.run_copy(str(spoilt), tmp_path / "new", defaults=True, unsafe=True, quiet=True)
+        assert str(told.value).isprintable()
+        assert not (tmp_path / "new").exists()
+        with variables({"TKT_TRACEBACK": "1"}), pytest.raises(Exception) as raw:  # noqa: PT011
+            copier.run_copy(str(spoilt), tmp_path / "new", defaults=True, unsafe=True, quiet=True)
+        assert not isinstance(raw.value, UserMessageError)
+
+
+def test_an_error_is_one_line_that_keeps_its_advice() -> None:
+    said = str(TemplateError(f"a\x1b[2J\u202e\r\n{'x' * 200_000}: register it again."))
+    assert said.isprintable()
+    assert len(said) <= 500
+    assert said.startswith("a [2J xxx")
+    assert said.endswith(": register it again.")
 
 
 def test_answers_that_exclude_each_other(refused: Callable[..., str]) -> None:

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import copier
 import pytest
@@ -229,11 +228,24 @@ def test_no_secret_leaves_the_environment(
             assert not path.is_file() or secret.encode() not in path.read_bytes(), path
 
 
-def test_the_template_s_own_address_is_stored_without_its_login() -> None:
-    stored = texts.without_credentials("https://user:ghp_SECRET@github.example.com/acme/template")
-    assert stored == "https://github.example.com/acme/template"
-    assert (
-        texts.without_credentials("git@github.com:acme/template") == "git@github.com:acme/template"
-    )
-    kept: Any = texts.without_credentials("/srv/templates/a@b")
-    assert kept == "/srv/templates/a@b"
+@pytest.mark.parametrize(
+    ("typed", "stored"),
+    [
+        ("https://user:ghp_SECRET@github.example.com/acme/t", "https://github.example.com/acme/t"),
+        ("https://ghp_SECRET@github.example.com/acme/t", "https://github.example.com/acme/t"),
+        ("https://user:p@ss@host/x", "https://host/x"),
+        ("HTTPS://user:TOKEN@host/x", "HTTPS://host/x"),
+        ("git+https://user:TOKEN@host/x", "git+https://host/x"),
+        ("https://host/x?private_token=TOKEN", "https://host/x"),
+        ("https://host?private_token=TOKEN@x/y", "https://host"),
+        ("https://host/a@b#TOKEN", "https://host/a@b"),
+        ("ssh://git@github.com/a/b", "ssh://git@github.com/a/b"),
+        ("ssh://git:password@host:22/a/b", "ssh://git@host:22/a/b"),
+        ("git@github.com:acme/template", "git@github.com:acme/template"),
+        ("gh:acme/template", "gh:acme/template"),
+        ("/srv/templates/a@b", "/srv/templates/a@b"),
+        ("file:///srv/a@b", "file:///srv/a@b"),
+    ],
+)
+def test_the_template_s_own_address_is_stored_without_its_login(typed: str, stored: str) -> None:
+    assert texts.without_credentials(typed) == stored
