@@ -22,6 +22,9 @@ DRAIN_SECONDS = 1.0
 RETRY_AFTER_SECONDS = 120.0
 """The longest pause that a server may ask for."""
 
+LOOKUP_SECONDS = 600.0
+"""For all answers that one look-up of a model takes while rendering."""
+
 STANDSTILL = 20
 """Timeouts (--timeout) without SLOWEST bytes per second in all, until a whole transfer is given up."""
 

@@ -17,7 +17,15 @@ from .compatibility import JINA_V3_TASKS
 from .embedding_model import EmbeddingModel, Facts, PinnedFile
 from .errors import ConfigurationError, NotFoundError, UnsuitableModelError
 from .reading import UnreadableError
-from .registry import Registry, VersionFolder, registered_name, tracking_uri
+from .registry import (
+    WORKSPACE,
+    ModelVersion,
+    Registry,
+    VersionFolder,
+    registered_name,
+    tracking_uri,
+    workspace,
+)
 
 JINA_V3 = "jina-embeddings-v3"
 """The conversion of that model: one task's adapter merged into its weights (model_fetch/jina.py)."""
@@ -56,6 +64,9 @@ class Pin:
     remarks: tuple[str, ...] = ()
     """What the rules of compatibility.py say of this version, one sentence each."""
 
+    workspace: str | None = None
+    """Of the MLflow server, from 3.10 on; None where it has none, or the usual one is meant."""
+
     def to_mapping(self) -> dict[str, Any]:
         """As it stands in the answers file and in pin.json."""
         mapping: dict[str, Any] = {name: getattr(self, name) for name in _TEXTS}
@@ -65,6 +76,8 @@ class Pin:
             mapping["conversion"] = dict(self.conversion)
         if self.remarks:
             mapping["remarks"] = list(self.remarks)
+        if self.workspace is not None:
+            mapping["workspace"] = self.workspace
         return mapping
 
     @classmethod
@@ -112,6 +125,7 @@ def _parsed(pin: Mapping[str, Any]) -> dict[str, Any]:
     _check_names([file.path for file in values["files"]])
     if values["version"] is not None and (not files or values["artifact_uri"] is None):
         raise UnreadableError("pin.files or pin.artifact_uri is missing though a version is pinned")
+    values["workspace"] = _text("pin.workspace", pin.get("workspace"), WORKSPACE, optional=True)
     values["facts"] = _parsed_facts(pin.get("facts"))
     values["conversion"] = _parsed_conversion(pin.get("conversion"))
     values["remarks"] = tuple(
@@ -254,20 +268,17 @@ def resolve(model_id: str, selector: str) -> Pin:
         raise ConfigurationError("MLFLOW_TRACKING_URI is not set: name the MLflow server in it.")
     registry, name = Registry(uri), registered_name(model_id)
     version = registry.find(name, selector)
-    hub_id = version.hub_id
+    hub_id = _mirrored(version, name)
     if hub_id and "/" in model_id and hub_id != model_id:
         raise NotFoundError(
             f"{name} in MLflow at {registry.shown} is a copy of {hub_id}, not of {model_id}: "
             f"answer model_id={hub_id} if you mean it."
         )
-    if "/" not in model_id and hub_id and registered_name(hub_id) == name:
-        model_id = hub_id
-    model = embedding_model.inspect(
-        VersionFolder(registry, version), f"Version {version.version} of {name}"
-    )
-    remarks, converted = _judged(model, f"Version {version.version} of {name}")
-    return Pin(
-        model_id=model_id,
+    title = f"Version {version.version} of {name}"
+    model = embedding_model.inspect(VersionFolder(registry, version), title)
+    remarks, converted = _judged(model, title)
+    pin = Pin(
+        model_id=hub_id or model_id,
         registered_model=name,
         selector=selector,
         version=version.version,
@@ -279,7 +290,22 @@ def resolve(model_id: str, selector: str) -> Pin:
         facts=model.facts,
         conversion={"kind": JINA_V3} if converted else None,
         remarks=remarks,
+        workspace=workspace(),
     )
+    try:
+        return Pin(**_parsed(pin.to_mapping()))
+    except UnreadableError as error:
+        raise UnsuitableModelError(f"{title} cannot be pinned: {error}.") from None
+
+
+def _mirrored(version: ModelVersion, name: str) -> str | None:
+    """The Hugging Face id that a version is a mirror of.
+
+    A run's parameter `model_id` is that of its own model only where it was registered by that name:
+    many who fine-tune a model log the id of its base so.
+    """
+    hub_id = version.hub_id
+    return hub_id if hub_id and registered_name(hub_id) == name else None
 
 
 def _judged(model: EmbeddingModel, name: str) -> tuple[tuple[str, ...], bool]:
@@ -338,6 +364,5 @@ def _choice(registry: Registry, name: str) -> tuple[str, str] | None:
         size = embedding_model.weights_size(VersionFolder(registry, version), name)
     except (NotFoundError, UnsuitableModelError):
         return None
-    hub_id = version.hub_id
-    value = hub_id if hub_id and registered_name(hub_id) == name else name
+    value = _mirrored(version, name) or name
     return f"{value}, version {version.version}, {size / 1e6:,.0f} MB", value

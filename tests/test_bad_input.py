@@ -416,7 +416,7 @@ def registered(mlflow_proxied: str, tmp_path_factory: pytest.TempPathFactory) ->
     gguf = folder / "gguf"
     write(gguf / "model-q4.gguf", "GGUF")
     register(mlflow_proxied, gguf, "acme-gguf")
-    register(mlflow_proxied, folder / "good", "acme-mirror-of", model_id="other/mirror-of")
+    register(mlflow_proxied, folder / "good", "acme-mirror-of", model_id="acme-mirror/of")
     return mlflow_proxied
 
 
@@ -444,8 +444,8 @@ def registered(mlflow_proxied: str, tmp_path_factory: pytest.TempPathFactory) ->
          "artifacts hold no folder with config.json and model.safetensors."),
         (["model_id=acme-gguf"], "Version 1 of acme-gguf is a GGUF model, which TEI cannot read: register "
          "the safetensors original."),
-        (["model_id=acme/mirror-of"], "acme-mirror-of in MLflow at {uri} is a copy of other/mirror-of, not "
-         "of acme/mirror-of: answer model_id=other/mirror-of if you mean it."),
+        (["model_id=acme/mirror-of"], "acme-mirror-of in MLflow at {uri} is a copy of acme-mirror/of, not "
+         "of acme/mirror-of: answer model_id=acme-mirror/of if you mean it."),
     ],
 )  # fmt: skip
 def test_a_model_that_cannot_be_served(
