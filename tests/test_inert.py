@@ -66,7 +66,7 @@ def test_registry_text_is_inert_in_every_file(render: Render, kind: str, platfor
     project = render(
         pin=hostile_pin(kind),
         model_id="BAAI/bge-base-en-v1.5",
-        accelerator="cpu",
+        accelerator="gb10",
         platform=platform,
         components=["monitoring", "network-policy", "api-key", "gateway", "ingress"],
         program=False,
@@ -81,11 +81,18 @@ def test_registry_text_is_inert_in_every_file(render: Render, kind: str, platfor
         if path.suffix == ".md":
             assert_markdown_is_inert(content)
             continue
+        if path.suffix == ".html":  # in a block that browsers read as data, to its end tag
+            start, end = '<script type="application/json" id="rendered">', "</script>"
+            before, _, rest = content.partition(start)
+            content, _, after = rest.partition(end)
+            assert MARK not in before + after
+            assert set(HOSTILE.values()) <= set(leaves(json.loads(content)))
+            continue
         # No other file has a place for it; one that gets one is looked at here first.
         assert path.suffix in (".yml", ".json"), path
         said = leaves(json.loads(content) if path.suffix == ".json" else yaml.safe_load(content))
         assert set(HOSTILE.values()) <= set(said)
-    assert met == {"README.md", ".copier-answers.yml", "pin.json"}
+    assert met == {"README.md", ".copier-answers.yml", "pin.json", "index.html"}
     assert not Path(f"/tmp/{MARK}").exists()
 
 
