@@ -156,7 +156,7 @@ RULES: dict[str, Rule] = {
 YES_OR_NO = ("accept_license", "open_to_everyone")
 """Answers that are read with `truth`."""
 
-NAMES = (*RULES, *YES_OR_NO, "advanced")
+NAMES = (*RULES, *YES_OR_NO, "advanced", "tei_edits")
 """Of all answers that a person gives."""
 
 
