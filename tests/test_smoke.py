@@ -518,6 +518,23 @@ def test_it_gives_up_after_the_first_answer_that_does_not_end(
     assert "after `" in out
 
 
+def test_from_outside_only_the_api_is_there(
+    smoke: ModuleType, small: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [f"--expected={small}", "--public"]
+    stub = Stub(key=KEY, max_input_length=64, max_client_batch_size=32)
+    with serving(stub) as url:
+        assert smoke.main([f"--url={url}", *arguments]) == 1
+        assert "  FAIL  edge       /health is answered from outside\n" in capsys.readouterr().out
+        monkeypatch.setattr(Handling, "do_GET", lambda self: self.answer(404, b""))
+        assert smoke.main([f"--url={url}", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "  ok    edge       /health, /ping, /, /info, /metrics: not from outside\n" in out
+    assert "  ok    at once  " in out
+    assert smoke.main([f"--url={url}", *arguments]) == 1
+    assert capsys.readouterr().out.count("FAIL") == 1
+
+
 def test_a_404_is_called_one(smoke: ModuleType, small: Path, capsys: Any) -> None:
     with _Odd("/health", RAW["404"]) as url:
         assert smoke.main([f"--url={url}", f"--expected={small}"]) == 1
@@ -583,6 +600,53 @@ def test_the_job_has_what_the_program_needs(rendered: Path, smoke: ModuleType) -
     assert container["env"][0]["valueFrom"]["secretKeyRef"]["key"] == "API_KEY"
     kustomization = yaml.safe_load((rendered / "smoke/kustomization.yaml").read_text())
     assert kustomization["configMapGenerator"] == [{"name": "smoke", "files": ["expected.json"]}]
+
+
+KUBECTL = """#!/bin/sh
+# Says what the files beside it say; each call for conditions is one step further.
+here=$(dirname "$0")
+case "$*" in
+  *activeDeadlineSeconds*) cat "$here/deadline" ;;
+  *'=="True"'*) cat "$here/conditions.$(wc -l <"$here/calls")" 2>/dev/null; echo >>"$here/calls" ;;
+  *'=="Failed"'*) echo "DeadlineExceeded: it took too long" ;;
+  *"get pods"*) echo "a-pod 0/1 $(wc -l <"$here/calls")" ;;
+  *logs*) echo "what it printed" ;;
+  *) exit 9 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("conditions", "deadline", "code"),
+    [
+        (["", "", "SuccessCriteriaMet Complete"], 60, 0),
+        (["Complete"], 60, 0),
+        (["", "FailureTarget", "FailureTarget Failed"], 60, 1),
+        (["Failed"], 60, 1),
+        ([""], -60, 1),
+    ],
+)
+def test_the_wait_for_the_job_ends_with_the_job(
+    conditions: list[str], deadline: int, code: int, tmp_path: Path
+) -> None:
+    """Complete or failed, and not before; at its deadline at the latest."""
+    (tmp_path / "kubectl").write_text(KUBECTL)
+    (tmp_path / "kubectl").chmod(0o755)
+    (tmp_path / "deadline").write_text(str(deadline))
+    (tmp_path / "calls").write_text("")
+    for number, said in enumerate(conditions):
+        (tmp_path / f"conditions.{number}").write_text(said)
+    done = subprocess.run(
+        ["sh", ROOT / "template/smoke/job.sh", "a-namespace", "a-job"],
+        env={"PATH": f"{tmp_path}:{os.defpath}", "JOB_POLL_SECONDS": "0.01"},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == code, done.stderr
+    assert done.stdout == "what it printed\n"
+    assert ("DeadlineExceeded: it took too long" in done.stderr) == bool(code)
+    assert len((tmp_path / "calls").read_text().splitlines()) == len(conditions)
 
 
 def test_the_image_is_pinned_and_runs_as_nobody(rendered: Path) -> None:

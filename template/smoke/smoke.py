@@ -34,6 +34,9 @@ METRICS = (
 )
 """What the dashboard and the alerts read; TEI shows each after its first use."""
 
+INSIDE = ("/health", "/ping", "/", "/info", "/metrics")
+"""Paths that a route from outside leaves out."""
+
 TEXTS = (
     "The harbour was empty before the storm.",
     "Quarterly revenue grew by four percent.",
@@ -54,6 +57,12 @@ class Service:
     company: Company
     max_batch_tokens: int | None = None
     """As /info says."""
+
+    @classmethod
+    def of(cls, endpoint: Endpoint, expected: Expected) -> Service:
+        """With what a text may differ by in company."""
+        least = batches.GPU if expected.gpu else batches.CPU
+        return cls(endpoint, expected, Company(endpoint, expected.max_client_batch_size, least))
 
     def long(self) -> list[str]:
         """Two texts of equal length: the longest inputs that fit into one batch together."""
@@ -84,6 +93,7 @@ def info(it: Service) -> str:
         raise Failed(f"it serves no embedding model: model_type is {model_type}")
     pooling = str(embedding.get("pooling")).replace("_", "-")
     version = re.search(r"/(\d+)/?$", str(said.get("model_id")))
+    told = version[1] if version else None
     for name, found, wanted in (
         ("served_model_name", said.get("served_model_name"), expected.model),
         ("max_input_length", said.get("max_input_length"), expected.max_input_tokens),
@@ -94,15 +104,27 @@ def info(it: Service) -> str:
         ),
         ("model_dtype", said.get("model_dtype"), expected.dtype),
         ("pooling", pooling, expected.pooling),
-        ("version", version[1] if version else expected.version, expected.version),
+        ("version", told, expected.version if told and expected.version else told),
     ):
         _equal(name, found, wanted)
     tokens = said.get("max_batch_tokens")
     it.max_batch_tokens = tokens if type(tokens) is int and tokens > 0 else None
     _, _, edits = str(said.get("docker_label")).partition("edits=")
     edited = f"with edits: {edits.replace(',', ', ')}" if edits else "without edits"
-    which = f"{expected.model}{f' version {version[1]}' if version else ''}"
+    which = f"{expected.model}{f' version {told}' if told else ''}"
     return f"{which}, {expected.dtype}, {pooling} pooling; TEI {said.get('version')} {edited}"
+
+
+def edge(it: Service) -> str:
+    """From outside only the API is there, not what tells about the service or waits in its queue."""
+    for path in INSIDE:
+        try:
+            answer = it.endpoint.request(path, key="not-the-key")
+        except Failed as failure:
+            raise Stopped(str(failure)) from None
+        if answer.status == 200:
+            raise Failed(f"{path} is answered from outside")
+    return f"{', '.join(INSIDE)}: not from outside"
 
 
 def embedding(it: Service) -> str:
@@ -236,10 +258,14 @@ def _equal(name: str, found: object, wanted: object) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    _, expected, endpoint = begin(parser, arguments)
-    least = batches.GPU if expected.gpu else batches.CPU
-    service = Service(endpoint, expected, Company(endpoint, expected.max_client_batch_size, least))
-    return run(endpoint, [(name, partial(check, service)) for name, check in CHECKS])
+    parser.add_argument("--public", action="store_true", help="URL is routed for the API alone")
+    given, expected, endpoint = begin(parser, arguments)
+    service = Service.of(endpoint, expected)
+    inside = ("health", "model", "metrics")
+    checks = [row for row in CHECKS if not (given.public and row[0] in inside)]
+    if given.public:
+        checks.insert(0, ("edge", edge))
+    return run(endpoint, [(name, partial(check, service)) for name, check in checks])
 
 
 if __name__ == "__main__":
