@@ -42,6 +42,12 @@ ADDRESSES = 4
 SETTING_TRIES = 3
 """Of what looks like a wrong setting: a host name that is not found, TLS that is not answered."""
 
+HEAD_BYTES = 256 * KIB
+"""Of an answer's head, with all that comes before it (`100 Continue`)."""
+
+FRAMING = 16
+"""Bytes that arrive for each byte of a body: chunks of one byte take seven."""
+
 ANSWER_BYTES = 8 * MIB
 """Of a JSON answer, after decompression."""
 

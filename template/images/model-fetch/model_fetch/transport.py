@@ -89,14 +89,15 @@ def redirected(request: Request, status: int, location: str | None) -> Request |
 
 
 class _Clock(io.RawIOBase):
-    """A connection's bytes until a deadline, however few of them come at a time."""
+    """A connection's bytes until a deadline, however few come at a time; and no more than due."""
 
     def __init__(self, raw: io.RawIOBase, sock: socket.socket) -> None:
         self._raw, self._sock = raw, sock
-        self.within(sock.gettimeout() or limits.ANSWER_SECONDS)
+        self.within(sock.gettimeout() or limits.ANSWER_SECONDS, limits.HEAD_BYTES)
 
-    def within(self, seconds: float) -> None:
+    def within(self, seconds: float, most: int) -> None:
         self._until = time.monotonic() + seconds
+        self._left = most
 
     def readable(self) -> bool:
         return True
@@ -105,8 +106,12 @@ class _Clock(io.RawIOBase):
         left = self._until - time.monotonic()
         if left <= 0:
             raise TimeoutError
+        if self._left <= 0:
+            raise http.client.LineTooLong("answer")
         self._sock.settimeout(left)
-        return self._raw.readinto(buffer)
+        count = self._raw.readinto(buffer)
+        self._left -= count or 0
+        return count
 
     def close(self) -> None:
         self._raw.close()
@@ -121,13 +126,16 @@ class Answer(http.client.HTTPResponse):
         self._clock = _Clock(self.fp.detach(), sock)
         self.fp = io.BufferedReader(self._clock)
 
-    def within(self, seconds: float) -> None:
-        """Reading fails when it is not done in so many seconds from now."""
-        self._clock.within(seconds)
+    def within(self, seconds: float, most: int) -> None:
+        """Reading fails when it is not done in so many seconds from now.
+
+        most: bytes of the body that will be read until then; what frames them is limited by it too
+        """
+        self._clock.within(seconds, limits.FRAMING * most + limits.HEAD_BYTES)
 
     def small(self, most: int, seconds: float) -> bytes:
         """Up to `most` bytes of the body. Raises: OSError, http.client.HTTPException."""
-        self.within(seconds)
+        self.within(seconds, most)
         return self.read(most)
 
 

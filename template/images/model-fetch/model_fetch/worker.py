@@ -10,7 +10,7 @@ from . import limits, responses
 from .failures import DeniedError
 from .job import Work
 from .patience import Patience, Reasons
-from .receive import ReadFailed, Receiver
+from .receive import PIECE, ReadFailed, Receiver
 from .responses import Again, Wrong
 from .settings import Settings
 from .sources import HttpSource
@@ -136,12 +136,12 @@ class Worker:
         """Writes a body to the file."""
         end, plan = work.chunk.end, work.job.plan
         since, count_since = time.monotonic(), 0
-        response.within(self._settings.timeout)
+        response.within(self._settings.timeout, PIECE)
         pieces = self._receiver.receive(response, self.wire.raw, work.sink, position, end)
         try:
             for count in pieces:
                 self._check(work)
-                response.within(self._settings.timeout)
+                response.within(self._settings.timeout, PIECE)
                 self._observer.received(count)
                 before, position = position, position + count
                 for index in plan.ends_within(before, position):
