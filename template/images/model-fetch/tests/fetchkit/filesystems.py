@@ -75,8 +75,8 @@ class Service:
             )
         return cls(process, log)
 
-    def wait(self, ready: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + START
+    def wait(self, ready: Callable[[], bool], seconds: float = START) -> None:
+        deadline = time.monotonic() + seconds
         while not ready():
             assert self.process.poll() is None, self.log.read_text()[-2000:]
             assert time.monotonic() < deadline, self.log.read_text()[-2000:]
