@@ -150,7 +150,7 @@ def keycloak(folder: Path) -> Iterator[str]:
     )
     realm = f"http://127.0.0.1:{port}/realms/{REALM}"
     try:
-        service.wait(lambda: answers(realm), 240)
+        service.wait(lambda: answers(realm), 400)
         yield realm
     finally:
         service.end()
