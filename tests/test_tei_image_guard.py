@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "template/images/tei/require-gpu.c"
+DOCKERFILE = SOURCE.parent / "Dockerfile.jinja"
 DRIVER = Path(__file__).parent / "containers/standin/libcuda.c"
 
 pytestmark = pytest.mark.skipif(not shutil.which("gcc"), reason="gcc is not installed")
@@ -22,8 +24,12 @@ def guard(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("guard")
     (folder / "driver").mkdir()
     flags = ["-O2", "-Wall", "-Wextra", "-Werror"]
+    # As the Dockerfile compiles it.
+    line = re.search(r"^RUN gcc (.*?)-DFIRST", DOCKERFILE.read_text(), re.MULTILINE | re.DOTALL)
+    assert line is not None
+    own = line[1].replace("\\\n", " ").split()
     limits = ["-DFIRST_CAPABILITY=121", "-DLAST_CAPABILITY=121", "-DOLDEST_DRIVER=12090"]
-    subprocess.run(["gcc", *flags, *limits, "-o", folder / "require-gpu", SOURCE], check=True)
+    subprocess.run(["gcc", *own, *limits, "-o", folder / "require-gpu", SOURCE], check=True)
     driver = folder / "driver/libcuda.so.1"
     subprocess.run(["gcc", *flags, "-shared", "-fPIC", "-o", driver, DRIVER], check=True)
     router = folder / "text-embeddings-router"
@@ -44,6 +50,18 @@ def start(guard: Path, *, driver: bool = True, **settings: object) -> subprocess
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
+
+
+def test_the_guard_is_hardened(guard: Path) -> None:
+    def shown(what: str) -> str:
+        command = ["readelf", "--wide", what, guard / "require-gpu"]
+        return subprocess.run(command, text=True, capture_output=True, check=True).stdout
+
+    assert re.search(r"FLAGS_1\).*NOW.*PIE", shown("--dynamic"))
+    assert "GNU_RELRO" in shown("--program-headers")
+    symbols = shown("--symbols")
+    assert "__stack_chk_fail" in symbols
+    assert "__vfprintf_chk" in symbols, "-D_FORTIFY_SOURCE"
 
 
 def test_with_the_right_gpu_the_router_takes_the_guards_place(guard: Path) -> None:

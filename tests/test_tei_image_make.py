@@ -1,8 +1,11 @@
-"""`make tei-image` and its siblings, with builders that only tell how they were called."""
+"""`make image`, `make push` and their siblings, with builders that only tell how they were called."""
 
 from __future__ import annotations
 
+import json
 import os
+import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -19,14 +22,27 @@ MOUNTS = (
     "--mount=type=cache,target=/usr/local/cargo/registry "
     "--mount=type=cache,target=/usr/local/cargo/git "
 )
-IMAGE = "registry.example.com/text-embeddings-tei:0d124dc9773b-gb10"
+NAME = "registry.example.com/text-embeddings-tei"
+DIGEST = "sha256:" + "0123456789abcdef" * 4
+ALL = ("model-fetch", "smoke", "tei")
 
+# Answers `version` and the like, tells every other call, keeps a Dockerfile that it is given; pushes nothing.
 BUILDER = """\
 #!/bin/sh
-[ "$1" != version ] || exit {engine}
-[ "$1 $2" != "buildx version" ] || exit {buildx}
+case "$*" in
+"version --format {{{{.Server.Arch}}}}"|"info --format {{{{.Host.Arch}}}}") echo {architecture}; exit ;;
+version*) exit {engine} ;;
+"buildx version") exit {buildx} ;;
+"image inspect"*) echo '["other.example.com/x@sha256:00", "{name}@{digest}"]'; exit ;;
+esac
 echo "$(basename "$0") $*" DOCKER_BUILDKIT=${{DOCKER_BUILDKIT-}} >> {calls}
-case " $* " in *" -f - "*) cat > {stdin} ;; esac
+while [ $# -gt 0 ]; do
+    case $1 in
+    -f) cat > {stdin} ;;
+    --digestfile) echo {digest} > "$2" ;;
+    esac
+    shift
+done
 """
 
 
@@ -35,32 +51,51 @@ def repository(render_tei: RenderTei, tmp_path: Path) -> Path:
     """The rendered repository, with a Makefile that includes the fragment as the real one does."""
     folder = tmp_path / "repository"
     shutil.copytree(render_tei("gb10"), folder)
-    (folder / "Makefile").write_text("include images/tei/tei.mk\n")
+    (folder / "Makefile").write_text("include images/images.mk\n")
     tools = tmp_path / "bin"
     tools.mkdir()
-    for tool in ("sh", "sed", "cat", "make", "basename"):
+    for tool in ("sh", "sed", "cat", "make", "basename", "python3"):
         found = shutil.which(tool)
         assert found is not None
-        (tools / tool).symlink_to(found)
+        (tools / tool).symlink_to(Path(found).resolve() if tool == "python3" else found)
     return folder
 
 
-def install(repository: Path, name: str, *, engine: bool = True, buildx: bool = False) -> None:
+def install(
+    repository: Path,
+    name: str,
+    *,
+    engine: bool = True,
+    buildx: bool = False,
+    architecture: str = "arm64",
+    image: str = NAME,
+) -> None:
     """Put a builder onto PATH: one whose engine answers or not, and that knows buildx or not."""
     path = repository.parent / "bin" / name
     calls, stdin = repository.parent / "calls", repository.parent / "stdin"
     path.write_text(
-        BUILDER.format(engine=int(not engine), buildx=int(not buildx), calls=calls, stdin=stdin)
+        BUILDER.format(
+            engine=int(not engine),
+            buildx=int(not buildx),
+            architecture=architecture,
+            name=image,
+            digest=DIGEST,
+            calls=calls,
+            stdin=stdin,
+        )
     )
     path.chmod(0o755)
 
 
-def make(repository: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+def make(
+    repository: Path, *arguments: str, **environment: str
+) -> tuple[subprocess.CompletedProcess[str], list[str]]:
     """Run make with the installed builders alone; returns it and how they were called."""
+    path = {"PATH": str(repository.parent / "bin"), "HOME": os.environ["HOME"]}
     done = subprocess.run(
         ["make", "--no-print-directory", *arguments],
         cwd=repository,
-        env={"PATH": str(repository.parent / "bin"), "HOME": os.environ["HOME"]},
+        env=path | environment,
         text=True,
         capture_output=True,
     )
@@ -68,27 +103,40 @@ def make(repository: Path, *arguments: str) -> tuple[subprocess.CompletedProcess
     return done, calls.read_text().splitlines() if calls.exists() else []
 
 
+def reference(repository: Path, key: str = "tei") -> str:
+    """The image as it is pushed: name and tag, with its content."""
+    command = ["python3", "scripts/images.py", "tag", key]
+    done = subprocess.run(command, cwd=repository, text=True, capture_output=True, check=True)
+    return done.stdout.strip()
+
+
+def written(repository: Path) -> str:
+    path = repository / "k8s/images/kustomization.yaml"
+    return path.read_text() if path.exists() else ""
+
+
 @pytest.mark.parametrize(
     ("builder", "buildx", "command"),
     [
         ("docker", True, "docker buildx build --load"),
         ("podman", False, "podman build --layers"),
-        ("buildah", False, "buildah build --layers"),
     ],
 )
 def test_a_builder_with_cache_mounts_gets_them_on_cargo_alone(
     repository: Path, builder: str, buildx: bool, command: str
 ) -> None:
     install(repository, builder, buildx=buildx)
-    done, calls = make(repository, "tei-image", "TEI_BUILD_ARGS=--build-arg RAYON_NUM_THREADS=2")
+    given = "TEI_BUILD_ARGS=--build-arg RAYON_NUM_THREADS=2"
+    done, calls = make(repository, "tei-image", given)
 
     assert done.returncode == 0, done.stderr
     options = "--platform linux/arm64 --build-arg RAYON_NUM_THREADS=2"
-    assert calls == [f"{command} {options} -t {IMAGE} -f - images/tei DOCKER_BUILDKIT="]
+    tags = f"-t {reference(repository)} -t {NAME}:0d124dc9773b-gb10"
+    assert calls == [f"{command} {options} {tags} -f - images/tei DOCKER_BUILDKIT="]
     plain = (repository / "images/tei/Dockerfile").read_text()
-    given = (repository.parent / "stdin").read_text()
-    assert given.count(MOUNTS) == plain.count("\nRUN cargo ") == 4
-    assert given.replace(MOUNTS, "") == plain
+    read = (repository.parent / "stdin").read_text()
+    assert read.count(MOUNTS) == plain.count("\nRUN cargo ") == 4
+    assert read.replace(MOUNTS, "") == plain
 
 
 def test_the_classic_docker_builder_gets_the_file_as_it_is(repository: Path) -> None:
@@ -96,7 +144,60 @@ def test_the_classic_docker_builder_gets_the_file_as_it_is(repository: Path) -> 
     done, calls = make(repository, "tei-image")
 
     assert done.returncode == 0, done.stderr
-    assert calls == [f"docker build -t {IMAGE} images/tei DOCKER_BUILDKIT=0"]
+    tags = f"-t {reference(repository)} -t {NAME}:0d124dc9773b-gb10"
+    assert calls == [f"docker build {tags} images/tei DOCKER_BUILDKIT=0"]
+
+
+def test_all_three_are_built_for_the_nodes_with_what_all_and_each_are_given(
+    repository: Path,
+) -> None:
+    install(repository, "podman")
+    proxy = "BUILD_ARGS=--build-arg HTTPS_PROXY=http://proxy.example.com:3128"
+    own = [f"{key.upper().replace('-', '_')}_BUILD_ARGS=--build-arg OF={key}" for key in ALL]
+    done, calls = make(repository, "image", proxy, *own)
+
+    assert done.returncode == 0, done.stderr
+    assert len(calls) == 3
+    for key, call in zip(ALL, calls, strict=True):
+        assert "podman build --layers --platform linux/arm64 --build-arg HTTPS_PROXY=" in call
+        assert f"--build-arg OF={key}" in call
+        assert f" -t {reference(repository, key)} " in call
+    version = reference(repository, "model-fetch").rpartition("-")
+    assert "--build-arg VERSION=1.0.0" in calls[0]
+    assert f"--build-arg REVISION={version[2]}" in calls[0]
+
+
+def test_arguments_may_come_from_the_environment(repository: Path) -> None:
+    install(repository, "podman")
+    _, calls = make(repository, "smoke-image", BUILD_ARGS="--build-arg PIP_INDEX_URL='a b'")
+
+    assert "--build-arg PIP_INDEX_URL=a b " in calls[0]
+
+
+@pytest.mark.parametrize("key", ALL)
+@pytest.mark.parametrize("builder", ["docker", "podman"])
+def test_a_wrong_machine_is_said_before_anything_is_built(
+    repository: Path, key: str, builder: str
+) -> None:
+    install(repository, builder, architecture="amd64", buildx=True)
+    done, calls = make(repository, f"{key}-image")
+
+    assert done.returncode != 0
+    said = f"images: {key} is for linux/arm64, and {builder} builds on linux/amd64: build on a "
+    assert done.stderr.splitlines()[0].startswith(said)
+    assert done.stdout == ""
+    assert calls == []
+
+    done, calls = make(repository, f"{key}-image", "EMULATE=1")
+    assert done.returncode == 0, done.stderr
+    assert "--platform linux/arm64" in calls[0]
+
+
+def test_buildah_builds_on_this_very_machine(repository: Path) -> None:
+    install(repository, "buildah")
+    done, _ = make(repository, "smoke-image")
+
+    assert (done.returncode == 0) == (platform.machine() in ("aarch64", "arm64"))
 
 
 def test_docker_without_an_engine_is_passed_over(repository: Path) -> None:
@@ -105,15 +206,18 @@ def test_docker_without_an_engine_is_passed_over(repository: Path) -> None:
     done, calls = make(repository, "tei-push")
 
     assert done.returncode == 0, done.stderr
-    assert calls == [f"podman push {IMAGE} DOCKER_BUILDKIT="]
+    assert all(call.startswith("podman push --digestfile ") for call in calls)
 
 
 def test_a_named_builder_is_taken(repository: Path) -> None:
     install(repository, "docker")
-    install(repository, "buildah")
-    _, calls = make(repository, "tei-push", "BUILDER=buildah")
+    install(repository, "podman")
+    _, calls = make(repository, "tei-push", "BUILDER=podman")
+    assert calls[0].startswith("podman ")
 
-    assert calls == [f"buildah push {IMAGE} DOCKER_BUILDKIT="]
+    done, _ = make(repository, "smoke-push", "BUILDER=buildah")
+    assert done.returncode != 0
+    assert done.stderr.startswith("images: BUILDER=buildah does not answer")
 
 
 def test_it_is_said_before_what_it_takes(repository: Path) -> None:
@@ -121,8 +225,8 @@ def test_it_is_said_before_what_it_takes(repository: Path) -> None:
     done, _ = make(repository, "tei-image")
 
     lines = done.stdout.splitlines()
-    assert lines[0] == f"Building {IMAGE}."
-    assert lines[1].startswith("Takes: About an hour on a DGX Spark")
+    assert lines[0] == f"Building {reference(repository)}."
+    assert lines[1].startswith("Takes: about an hour on a DGX Spark")
     assert lines[2].startswith("Needs: linux/arm64, 24 GiB of memory, 60 GiB of disk, no GPU")
 
 
@@ -131,18 +235,116 @@ def test_without_a_builder_one_line_says_what_to_do(repository: Path) -> None:
 
     assert done.returncode != 0
     assert done.stderr.splitlines()[0] == (
-        "Neither docker nor podman nor buildah answers: install one, "
-        "or build TEI in the cluster with 'make tei-image-in-cluster'."
+        "images: neither docker nor podman nor buildah answers: install or start one of them."
     )
 
 
-def test_a_failed_build_fails_make(repository: Path) -> None:
+@pytest.mark.parametrize("target", ["tei-image", "tei-push"])
+def test_a_builder_that_fails_fails_make_in_one_line(repository: Path, target: str) -> None:
     install(repository, "podman")
     podman = repository.parent / "bin/podman"
-    podman.write_text(podman.read_text() + 'case "$1" in build) exit 3 ;; esac\n')
-    done, _ = make(repository, "tei-image")
+    podman.write_text(podman.read_text() + "exit 3\n")
+    done, _ = make(repository, target)
 
     assert done.returncode != 0
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("images: ")]
+    assert "podman did not build tei" in said or "registry.example.com did not take" in said
+    assert "Traceback" not in done.stderr
+    assert written(repository) == ""
+
+
+def test_a_push_without_a_digest_is_not_written(repository: Path) -> None:
+    install(repository, "docker", image="registry.example.com/another")
+    done, _ = make(repository, "tei-push")
+
+    assert done.returncode != 0
+    assert "does not say under which digest" in done.stderr
+    assert written(repository) == ""
+
+
+def test_what_is_pushed_is_what_runs(repository: Path) -> None:
+    install(repository, "docker")
+    done, calls = make(repository, "tei-push")
+
+    assert done.returncode == 0, done.stderr
+    tag = reference(repository).rpartition(":")[2]
+    assert [call.split()[2] for call in calls] == [f"{NAME}:{tag}", f"{NAME}:0d124dc9773b-gb10"]
+    assert written(repository).endswith(
+        f'images:\n  - name: {NAME}\n    newTag: "{tag}"\n    digest: {DIGEST}\n'
+    )
+    # Once more, and nothing happens; unless it is asked for.
+    before = len(calls)
+    for target in ("tei-image", "tei-push"):
+        done, calls = make(repository, target)
+        assert done.stdout.startswith(f"tei: unchanged since it was pushed ({NAME}:{tag})")
+    assert len(calls) == before
+    done, calls = make(repository, "tei-image", "tei-push", "FORCE=1")
+    assert len(calls) == before + 3
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("images/tei/Dockerfile", True),
+        ("images/tei/require-gpu.c", True),
+        ("images/tei/patches/queue.edit", True),
+        ("images/tei/patches/apply.pl", True),
+        ("images/tei/README.md", False),
+        ("images/model-fetch/model_fetch/__init__.py", False),
+        ("smoke/smoke.py", False),
+    ],
+)
+def test_the_tag_of_tei_changes_with_what_it_is_built_from(
+    repository: Path, file: str, changes: bool
+) -> None:
+    before = reference(repository)
+    assert re.fullmatch(rf"{NAME}:0d124dc9773b-gb10-[0-9a-f]{{8}}", before)
+    with (repository / file).open("a") as opened:
+        opened.write("\n")
+
+    assert (reference(repository) != before) == changes
+
+
+@pytest.mark.parametrize(
+    ("key", "file", "changes"),
+    [
+        ("model-fetch", "images/model-fetch/model_fetch/__init__.py", True),
+        ("model-fetch", "images/model-fetch/model_fetch/new.py", True),
+        ("model-fetch", "images/model-fetch/requirements.txt", True),
+        ("model-fetch", "images/model-fetch/model_fetch/__pycache__/x.pyc", False),
+        ("model-fetch", "images/model-fetch/README.md", False),
+        ("smoke", "smoke/smoke.py", True),
+        ("smoke", "smoke/expected.json", False),
+    ],
+)
+def test_so_do_the_others(repository: Path, key: str, file: str, changes: bool) -> None:
+    before = reference(repository, key)
+    (repository / file).parent.mkdir(exist_ok=True)
+    with (repository / file).open("a") as opened:
+        opened.write("\n")
+
+    assert (reference(repository, key) != before) == changes
+
+
+def test_a_name_counts_as_well(repository: Path) -> None:
+    before = reference(repository, "model-fetch")
+    package = repository / "images/model-fetch/model_fetch"
+    (package / "__init__.py").rename(package / "other.py")
+
+    assert reference(repository, "model-fetch") != before
+
+
+@pytest.mark.parametrize("digest", ["", "latest", "sha256:0", DIGEST])
+def test_what_the_cluster_built_is_written_by_its_digest(repository: Path, digest: str) -> None:
+    kubectl = repository.parent / "bin/kubectl"
+    kubectl.write_text(f"#!/bin/sh\necho '{digest}'\n")
+    kubectl.chmod(0o755)
+    done, _ = make(repository, "tei-digest")
+
+    assert (done.returncode == 0) == (digest == DIGEST)
+    assert (DIGEST in written(repository)) == (digest == DIGEST)
+    if digest != DIGEST:
+        assert "is no digest of an image: has the build ended well?" in done.stderr
 
 
 def test_the_cluster_is_not_asked_to_build_without_a_login_to_the_registry(
@@ -174,14 +376,46 @@ def test_the_cluster_gets_a_new_job(repository: Path) -> None:
     ]
 
 
-def test_the_content_is_listed_by_the_tool_that_is_there(repository: Path) -> None:
+def test_the_content_of_all_is_listed_by_the_tool_that_is_there(repository: Path) -> None:
     done, _ = make(repository, "sbom")
     assert done.returncode != 0
-    assert "Neither syft nor trivy is installed" in done.stderr
+    assert "neither syft nor trivy is installed" in done.stderr
 
     install(repository, "trivy")
     done, calls = make(repository, "sbom")
     assert done.returncode == 0, done.stderr
+    for key, call in zip(ALL, calls, strict=True):
+        listed = f"trivy image --format spdx-json --output {key}.spdx.json"
+        assert call == f"{listed} {reference(repository, key)} DOCKER_BUILDKIT="
+
+
+def test_what_was_pushed_is_signed_by_its_digest(repository: Path) -> None:
+    install(repository, "cosign")
+    done, _ = make(repository, "sign")
+    assert done.returncode != 0
+    assert "model-fetch was not pushed yet: make model-fetch-push" in done.stderr
+
+    install(repository, "podman")
+    make(repository, "push")
+    (repository.parent / "calls").unlink()
+    done, calls = make(repository, "sign", "COSIGN_ARGS=--key own.key")
+    assert done.returncode == 0, done.stderr
+    names = [f"registry.example.com/text-embeddings-{key}" for key in ALL]
     assert calls == [
-        f"trivy image --format spdx-json --output tei.spdx.json {IMAGE} DOCKER_BUILDKIT="
+        f"cosign sign --key own.key {name}@{DIGEST} DOCKER_BUILDKIT=" for name in names
     ]
+
+
+def test_the_official_image_is_neither_built_nor_pushed(
+    render_tei: RenderTei, tmp_path: Path
+) -> None:
+    folder = render_tei("l4", tei_image="official", image_platform="linux/amd64")
+
+    assert list(json.loads((folder / "images/images.json").read_text())["images"]) == [
+        "model-fetch",
+        "smoke",
+    ]
+    command = ["make", "-f", "images/images.mk", "tei-image"]
+    done = subprocess.run(command, cwd=folder, text=True, capture_output=True)
+    assert done.stdout.startswith("Nothing to build: ghcr.io/huggingface/")
+    assert not (folder / "images/tei").exists()

@@ -174,7 +174,7 @@ def test_what_the_owner_changed_survives(project: Project, tmp_path: Path) -> No
         "      containers:\n", "      priorityClassName: mine\n      containers:\n"
     )
     deployment.write_text(edited)
-    (project.folder / "images/tei/tei.mk").unlink()
+    (project.folder / "images/tei/README.md").unlink()
     (project.folder / "mine.txt").write_text("mine\n")
     project.commit("my own changes")
     new_version(project, tmp_path)
@@ -183,7 +183,7 @@ def test_what_the_owner_changed_survives(project: Project, tmp_path: Path) -> No
     project.update("refresh=true")
 
     assert "priorityClassName: mine" in deployment.read_text()
-    assert not (project.folder / "images/tei/tei.mk").exists()
+    assert not (project.folder / "images/tei/README.md").exists()
     assert (project.folder / "mine.txt").read_text() == "mine\n"
     assert (project.folder / "NEWS.md").exists()
     assert project.pin["version"] == "2"

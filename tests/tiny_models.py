@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy
 
-HIDDEN, INNER, HEADS, LAYERS, POSITIONS, VOCABULARY = 64, 96, 4, 2, 2048, 101
+HIDDEN, INNER, HEADS, LAYERS, POSITIONS, VOCABULARY = 64, 96, 4, 2, 512, 101
 _HEAD = HIDDEN // HEADS
 
 Shapes = dict[str, tuple[int, ...]]

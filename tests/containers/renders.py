@@ -1,4 +1,4 @@
-"""What the TEI image is built from, rendered by Copier for every accelerator and platform."""
+"""What the images are built from, rendered by Copier for every accelerator and platform."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ RenderTei = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def render_tei(tmp_path_factory: pytest.TempPathFactory) -> RenderTei:
-    """`render_tei("gb10", **answers)`: the repository's images/tei and k8s/build; the same answers once."""
+    """`render_tei("gb10", **answers)`: what builds the images; the same answers once."""
     template = tmp_path_factory.mktemp("template-of-tei")
     shutil.copy(ROOT / "copier.yml", template)
-    for folder in ("extensions", "template/images/tei", "template/{{ objects_folder() }}/build"):
+    parts = ("images/tei", "images/model-fetch", "smoke", "scripts", "{{ objects_folder() }}/build")
+    for folder in ("extensions", *(f"template/{part}" for part in parts)):
         shutil.copytree(ROOT / folder, template / folder)
+    for file in ("images.mk.jinja", "images.json.jinja"):
+        shutil.copy(ROOT / "template/images" / file, template / "template/images")
 
     @cache
     def render(accelerator: str, **answers: Any) -> Path:
