@@ -54,8 +54,8 @@ class Accelerator:
     dtype: str
     """Type of weights and activations that TEI should run in: `float16` or `float32`."""
 
-    cargo_features: tuple[str, ...]
-    """Features that TEI's router is compiled with."""
+    cargo_features: Mapping[str, tuple[str, ...]]
+    """Features that TEI's router is compiled with, by platform; `any` for all others."""
 
     build_memory_gib: int
     """Memory that building the image takes, GiB."""
@@ -79,6 +79,10 @@ class Accelerator:
     def is_gpu(self) -> bool:
         """Whether it is a GPU."""
         return self.compute_cap is not None
+
+    def features(self, platform: str) -> tuple[str, ...]:
+        """Features that TEI's router is compiled with on that platform."""
+        return self.cargo_features.get(platform) or self.cargo_features["any"]
 
     @property
     def nvcc_append_flags(self) -> str:
@@ -120,6 +124,8 @@ def _accelerator(name: str, row: Mapping[str, Any], repository: str) -> Accelera
         + (f"@{image['digest']}" if "digest" in image else "")
         for platform, image in fields.pop("official_images").items()
     }
+    features = {platform: tuple(row) for platform, row in fields.pop("cargo_features").items()}
+    fields["cargo_features"] = MappingProxyType(features)
     return Accelerator(name=name, official_images=MappingProxyType(images), **fields)
 
 

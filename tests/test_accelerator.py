@@ -40,7 +40,7 @@ def test_a_row_agrees_with_itself(name: str) -> None:
     assert row.platforms
     assert set(row.platforms) <= {"linux/arm64", "linux/amd64"}
     assert set(row.official_images) <= set(row.platforms)
-    assert row.is_gpu == ("cuda" in " ".join(row.cargo_features))
+    assert row.is_gpu == ("cuda" in " ".join(row.features(row.platforms[0])))
     # TEI's flash attention exists in float16 alone.
     assert not row.flash_attention or row.dtype == "float16"
     for image in (row.build_image, row.runtime_image, *row.official_images.values()):
@@ -75,8 +75,8 @@ def test_the_spark_is_compiled_for_sm_121a_while_tei_reads_121() -> None:
 def test_turing_has_its_own_features_and_no_flash_attention() -> None:
     turing = accelerator.for_name("t4")
 
-    assert "candle-cuda-turing" in turing.cargo_features
-    assert "candle-cuda" not in turing.cargo_features
+    assert "candle-cuda-turing" in turing.features("linux/amd64")
+    assert "candle-cuda" not in turing.features("linux/arm64")
     assert not turing.flash_attention
 
 

@@ -119,18 +119,19 @@ def objects(project: Path) -> Path:
 def agrees(project: Path, stored: dict[str, Any]) -> None:
     """What several files say, they say alike."""
     registry, name = stored["container_registry"], stored["project_name"]
-    kustomization = yaml.safe_load((objects(project) / "base/kustomization.yaml").read_text())
+    kustomization = yaml.safe_load((objects(project) / "kustomization.yaml").read_text())
+    base = yaml.safe_load((objects(project) / "base/kustomization.yaml").read_text())
     compose = yaml.safe_load((project / "compose.yaml").read_text())
     listed = json.loads((project / "images/images.json").read_text())["images"]
     deployment = yaml.safe_load((objects(project) / "base/deployment.yaml").read_text())
     service = yaml.safe_load((objects(project) / "base/service.yaml").read_text())
     readme = (project / "README.md").read_text()
 
-    images = {i["name"]: f"{i['newName']}:{i['newTag']}" for i in kustomization["images"]}
+    images = {i["name"]: f"{i['newName']}:{i['newTag']}" for i in base["images"]}
     assert images["model-fetch"].startswith(f"{registry}/{name}-model-fetch:")
     assert compose["services"]["model-fetch"]["image"] == images["model-fetch"]
     assert compose["services"]["tei"]["image"].split("@")[0] == images["tei"]
-    built = {key: f"{image['name']}:{image['tag']}" for key, image in listed.items()}
+    built = {key: f"{row['name']}:{row['tag']}" for key, row in listed.items()}
     assert built["model-fetch"] == images["model-fetch"]
     assert built.get("tei", images["tei"]) == images["tei"]
 

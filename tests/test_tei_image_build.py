@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 pytest_plugins = ["tests.containers.engine", "tests.containers.renders"]
 
 STANDIN = Path(__file__).parent / "containers/standin"
-PACKAGES = "ca-certificates,curl,gcc,git,libc6-dev,libssl-dev,openssl,pkg-config"
+PACKAGES = "ca-certificates,curl,gcc,git,libc6-dev,libssl-dev,openssl,pkg-config,python3-venv"
 ARCHITECTURE = {"x86_64": "amd64", "aarch64": "arm64"}[platform.machine()]
 
 EDITS = ",".join(edit.name for edit in tei.every_edit())
@@ -145,6 +145,9 @@ def _arguments(bases: Bases, served: Mirrors, **changes: str) -> list[str]:
     arguments = {
         "RUST_IMAGE": bases.rust,
         "BUILD_IMAGE": bases.cuda,
+        "PYTHON_IMAGE": bases.runtime,
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": served.wheels,
         "RUNTIME_IMAGE": bases.runtime,
         "IMAGE_ARCHITECTURE": ARCHITECTURE,
         "GIT_BASE_URL": served.git,
@@ -161,6 +164,14 @@ def _arguments(bases: Bases, served: Mirrors, **changes: str) -> list[str]:
     return [
         word for name, value in arguments.items() for word in ("--build-arg", f"{name}={value}")
     ]
+
+
+def _context(render_tei: RenderTei, served: Mirrors, name: str, **answers: str) -> Path:
+    """What is rendered for this machine; where MKL is linked, it is the mirror's."""
+    folder = render_tei(name, **answers) / "images/tei"
+    if (folder / "mkl.txt").exists():
+        (folder / "mkl.txt").write_text(served.mkl)
+    return folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +196,7 @@ def built(
     served: Mirrors,
 ) -> Iterator[Built]:
     name = f"tei-under-test:{request.param}"
-    folder = render_tei(request.param) / "images/tei"
+    folder = _context(render_tei, served, request.param)
     done = engine.docker("build", "--network=host", "-t", name, *_arguments(bases, served), folder)
     yield Built(request.param, name, done.stdout)
     engine.docker("image", "rm", "--force", name)
@@ -247,6 +258,10 @@ def test_tei_runs_unprivileged_and_gets_the_signal(
         assert f"git_sha={served.tei_ref}" in lines
         assert f"docker_label={built.accelerator} edits={EDITS}" in lines
         assert "edited=true" in lines
+        if built.accelerator == "cpu" and ARCHITECTURE == "amd64":
+            # The static libraries are there, the shared one is not.
+            mkl = "and MKL [(true, false), (true, false)]"
+            assert f"kernels=with cutlass {mkl} small=42 tls=true" in lines
         assert "port=8355" in lines
         assert 'arguments=["--model-id", "/model/current"]' in lines
         assert "pid=1" in lines
@@ -319,12 +334,12 @@ def buildah(
 def test_make_builds_it_with_buildah_and_cache_mounts(
     render_tei: RenderTei, bases: Bases, served: Mirrors, buildah: dict[str, str]
 ) -> None:
-    image = "localhost/tei-under-test:buildah"
+    image = "registry.example.com/text-embeddings-tei:0d124dc9773b-cpu"
     arguments = " ".join(_arguments(bases, served))
     platform = f"linux/{ARCHITECTURE}"
-    folder = render_tei("cpu", image_platform=platform)
-    command = ["make", "-f", "images/tei/tei.mk", "tei-image", "BUILDER=buildah"]
-    options = [f"TEI_IMAGE={image}", f"TEI_BUILD_ARGS={arguments}"]
+    folder = _context(render_tei, served, "cpu", image_platform=platform).parents[1]
+    command = ["make", "-f", "images/images.mk", "tei-image", "BUILDER=buildah"]
+    options = [f"TEI_BUILD_ARGS={arguments}"]
 
     done = subprocess.run(
         [*command, *options], cwd=folder, env=buildah, text=True, capture_output=True
@@ -335,11 +350,12 @@ def test_make_builds_it_with_buildah_and_cache_mounts(
     assert "Compiling kernels" in done.stderr
     inspect = ["buildah", "inspect", "--type=image", image]
     shown = subprocess.run(inspect, env=buildah, text=True, capture_output=True, check=True)
-    config = json.loads(shown.stdout)["OCIv1"]["config"]
+    found = json.loads(shown.stdout)
+    config = found["OCIv1"]["config"]
     assert config["User"] == "10001:10001"
     assert config["Entrypoint"] == ["text-embeddings-router"]
     assert config["Labels"]["org.opencontainers.image.revision"] == served.tei_ref
-    for remove in (["--force", image], ["--prune", "--force"]):
+    for remove in (["--force", found["FromImageID"]], ["--prune", "--force"]):
         subprocess.run(["buildah", "rmi", *remove], env=buildah, check=True, capture_output=True)
 
 
@@ -351,7 +367,7 @@ def _refused(
     **changes: str,
 ) -> str:
     """The log of a build of the CPU image that must fail."""
-    folder = render_tei("cpu") / "images/tei"
+    folder = _context(render_tei, served, "cpu")
     arguments = _arguments(bases, served, **changes)
     done = engine.docker("build", "--network=host", *arguments, folder, check=False)
     assert done.returncode != 0, done.stdout[-2000:]

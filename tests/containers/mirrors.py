@@ -19,6 +19,7 @@ import subprocess
 import tarfile
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ candle-cuda = ["kernels/cuda"]
 candle-cuda-turing = ["kernels/cuda"]
 dynamic-linking = []
 static-linking = []
+mkl = []
 ort = ["text-embeddings-backend/ort"]
 
 [dependencies]
@@ -126,6 +128,12 @@ use std::process::Command;
 fn main() {
     let cutlass = std::fs::read_to_string("cutlass/cutlass.h").expect("cutlass is not there");
     let mut built = format!("with {}", cutlass.trim());
+    if let Ok(root) = std::env::var("MKLROOT") {
+        let lib = std::path::Path::new(&root).join("lib");
+        built += &format!(" and MKL {:?}", ["mkl_core", "iomp5"].map(|name| {
+            (lib.join(format!("lib{name}.a")).exists(), lib.join(format!("lib{name}.so")).exists())
+        }));
+    }
     if std::env::var("CARGO_FEATURE_CUDA").is_ok() {
         let cap: usize = std::env::var("CUDA_COMPUTE_CAP").unwrap().parse().expect("Could not parse code");
         let nvcc = Command::new("nvcc").arg(format!("--gpu-architecture=sm_{cap}")).output().unwrap();
@@ -167,6 +175,12 @@ class Mirrors:
 
     crates: str
     """Index of crates, in cargo's notation."""
+
+    wheels: str
+    """Has what stands in for MKL, a file in each of its parts."""
+
+    mkl: str
+    """What mkl.txt asks for there."""
 
     apt: str
     """Takes the place of the hosts in APT's sources; knows one release without packages."""
@@ -231,6 +245,34 @@ def _crate(folder: Path, url: str) -> None:
     download = folder / "crates/small/0.1.0/download"
     download.parent.mkdir(parents=True)
     download.write_bytes(packed.getvalue())
+
+
+MKL = {
+    "mkl_static": [
+        *("lib/libmkl_intel_lp64.a", "lib/libmkl_intel_thread.a", "lib/libmkl_core.a"),
+        "share/doc/mkl/licensing/third-party-programs.txt",
+    ],
+    "mkl_include": ["include/mkl.h"],
+    "intel_openmp": ["lib/libiomp5.a", "lib/libiomp5.so"],
+}
+"""Files of Intel's wheels, in their folder for data."""
+
+
+def _wheel(folder: Path, name: str, files: list[str]) -> str:
+    """A wheel with empty files of these names; returns its line for a requirements file."""
+    info = f"{name}-2026.2.0.dist-info"
+    content = {f"{name}-2026.2.0.data/data/{file}": "" for file in files} | {
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 2026.2.0\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/LICENSE.txt": f"licence of {name}\n",
+    }
+    content[f"{info}/RECORD"] = "".join(f"{file},,\n" for file in [*content, f"{info}/RECORD"])
+    path = folder / f"{name}-2026.2.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
+        for file, text in content.items():
+            wheel.writestr(zipfile.ZipInfo(file), text)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return f"{name.replace('_', '-')}==2026.2.0 --hash=sha256:{digest}\n"
 
 
 def _apt(folder: Path) -> None:
@@ -353,6 +395,8 @@ def mirrors(folder: Path) -> Iterator[Mirrors]:
 
         _crate(http, http_url)
         _apt(http / "apt")
+        (http / "wheels").mkdir()
+        asked = [_wheel(http / "wheels", name, files) for name, files in MKL.items()]
         _commit(repository("NVIDIA/cutlass", {"cutlass.h": "cutlass\n"}), environment)
         kernels = repository(
             "huggingface/candle",
@@ -406,6 +450,8 @@ def mirrors(folder: Path) -> Iterator[Mirrors]:
         yield Mirrors(
             git=git_url,
             crates=f"sparse+{http_url}/index/",
+            wheels=f"{http_url}/wheels/",
+            mkl="".join(asked),
             apt=f"{http_url}/apt",
             tei_ref=_commit(tei, environment),
             moved_tei="moved/text-embeddings-inference",
