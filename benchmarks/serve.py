@@ -3,7 +3,7 @@
 Serves all-MiniLM-L6-v2 in float32 by each server, all on loopback, one text a request, and measures them in
 turn in one run: 32 and 256 tokens, 1, 8 and 32 requests at a time. Prints medians as Markdown.
 
-    python benchmarks/serve.py --tei NAME=PROGRAM [--st PYTHON] [--infinity PROGRAM] [--rounds 3] [--seconds 5]
+    python benchmarks/serve.py --tei NAME=PROGRAM [--st PYTHON] [--infinity PROGRAM] [--rounds 3]
 
 PROGRAM of --tei is a text-embeddings-router; PYTHON of --st one that has sentence-transformers, fastapi and
 uvicorn; PROGRAM of --infinity the command infinity_emb.
