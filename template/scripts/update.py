@@ -2,6 +2,9 @@
 
 `make update`, `make update-model` and `make check-update` call it; it needs Git, Python 3.10 and
 Copier, which the variable COPIER names. Copier itself ends with 0 when it leaves conflicts.
+
+A template is a program, and .copier-answers.yml names it: so only the one that this repository came
+from is run, or the one that the variable TEMPLATE names.
 """
 
 from __future__ import annotations
@@ -19,8 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-COPIER = "uvx --with copier-template-extensions --with mlflow-skinny copier"
+COPIER = "uvx --with copier-template-extensions==0.3.4 --with mlflow-skinny==3.17.2 copier@9.19.1"
+"""Versions that the template is tested with."""
+
+ANSWERS = ".copier-answers.yml"
 FOLDERS = ("k8s/base", "deploy/base")
+UNREADABLE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What comes of a pin or a flag that was edited by hand."""
 
 
 class Stop(Exception):
@@ -59,10 +67,49 @@ class Repository:
     root: Path
 
     def git(self, *arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=self.root, capture_output=True, text=True)
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=self.root,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+        )
         if done.returncode:
-            raise Stop(f"git {arguments[0]}: {done.stderr.strip().splitlines()[-1]}")
+            said = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
+            raise Stop(f"git {arguments[0]}: {said[-1]}")
         return done.stdout
+
+    def must_know_its_template(self) -> None:
+        """Refuse a template that is neither the first one of this repository nor TEMPLATE."""
+        try:
+            now = {named(self._text(ANSWERS, None)), named(self._text(ANSWERS, "HEAD"))}
+        except (OSError, ValueError):
+            raise Stop(f"{ANSWERS} is not as Copier wrote it: restore it with git") from None
+        wanted = os.environ.get("TEMPLATE")
+        if wanted:
+            known = {("_src_path", wanted)}
+        else:
+            if self.git("rev-parse", "--is-shallow-repository").strip() == "true":
+                raise Stop(
+                    "the first commit is not here, which says what template this came from: clone "
+                    "with the whole history, or name the template in the variable TEMPLATE"
+                )
+            added = (
+                "log",
+                "--full-history",
+                "--diff-filter=A",
+                "--format=%H",
+                "HEAD",
+                "--",
+                ANSWERS,
+            )
+            known = {named(self._text(ANSWERS, c)) for c in self.git(*added).split()}
+        if now != known:
+            raise Stop(
+                f"{ANSWERS} names another template than the one that this repository came from, "
+                "and a template is a program: if you mean it, name its address in the variable "
+                "TEMPLATE"
+            )
 
     def copier(self, *arguments: str) -> int:
         """Copier's exit code; what it prints goes where this program's goes."""
@@ -95,15 +142,46 @@ class Repository:
             try:
                 pin = json.loads(self._text(f"{folder}/pin.json", commit))
                 deployment = self._text(f"{folder}/deployment.yaml", commit)
-            except (OSError, ValueError, Stop):
+            except (OSError, Stop):
                 continue
+            except UNREADABLE:
+                return None
             found = re.findall(r'^\s+- ("--.+")$', deployment, re.MULTILINE)
-            parts = [json.loads(text).partition("=") for text in found]
-            return State(pin, {name: value for name, _, value in parts})
+            try:
+                parts = [json.loads(text).partition("=") for text in found]
+                state = State(pin, {name: value for name, _, value in parts})
+                list(described(state, state))
+            except UNREADABLE:
+                return None
+            return state
         return None
 
     def _text(self, path: str, commit: str | None) -> str:
         return self.git("show", f"{commit}:{path}") if commit else (self.root / path).read_text()
+
+
+def named(answers: str) -> tuple[str, str]:
+    """What the answers file says of its template, read so strictly that Copier reads the same.
+
+    Raises: ValueError when a line could mean something else than it seems to.
+    """
+    found: list[tuple[str, str]] = []
+    for line in answers.splitlines():
+        if line.startswith(("#", " ", "- ")) or not line:
+            continue
+        if not (key := re.fullmatch(r"([A-Za-z_][A-Za-z0-9_]*):(?: (.*))?", line)):
+            raise ValueError(line)
+        found.append((key[1], (key[2] or "").strip()))
+    sources = [value for name, value in found if name == "_src_path"]
+    commits = [value for name, value in found if name == "_commit"]
+    if len(sources) != 1 or len(dict(found)) < len(found):
+        raise ValueError("_src_path")
+    source = sources[0].strip("'\"")
+    if not re.fullmatch(r"[A-Za-z0-9./~][^\s&*!|>%`#'\"\\]*", source):
+        raise ValueError(source)
+    if commits and not re.fullmatch(r"'?[A-Za-z0-9][A-Za-z0-9._/+-]*'?", commits[0]):
+        raise ValueError(commits[0])
+    return "_src_path", source
 
 
 def described(before: State, after: State) -> Iterator[str]:
@@ -128,9 +206,9 @@ def described(before: State, after: State) -> Iterator[str]:
     moved = any(old[key] != new[key] for key in ("model_id", "version", "run_id"))
     for name, was, now in rows:
         if name in names:
-            yield f"  {name:<26}{was} -> {now}"
+            yield plain(f"  {name:<26}{was} -> {now}")
         elif moved and name in ("dimensions", "pooling", "size"):
-            yield f"  {name:<26}{now}, as before"
+            yield plain(f"  {name:<26}{now}, as before")
     if reasons := names & {"model", "dimensions", "pooling"}:
         changed = ", ".join(sorted(reasons))
         yield f"RE-INDEX: another {changed}. What was embedded before must be embedded again."
@@ -140,12 +218,18 @@ def described(before: State, after: State) -> Iterator[str]:
         yield "The prefixes that clients write before their texts changed: see README.md."
 
 
+def plain(text: str) -> str:
+    """A line that moves no terminal's cursor and fills no screen."""
+    return "".join(c if c.isprintable() else " " for c in text[:500])
+
+
 def update(repository: Repository, what: str, words: list[str]) -> None:
     """Run Copier, and say what came of it.
 
     Raises: Stop when the tree is dirty, Copier fails, or conflicts are left.
     """
     repository.must_be_clean()
+    repository.must_know_its_template()
     if what == "model":
         if not os.environ.get("MLFLOW_TRACKING_URI"):
             raise Stop("MLFLOW_TRACKING_URI is not set: name the MLflow server in it")
@@ -162,7 +246,8 @@ def update(repository: Repository, what: str, words: list[str]) -> None:
     if before and after:
         lines = list(described(before, after))
         name = f"{after.pin['model_id']}, version {after.pin['version'] or after.pin['selector']}"
-        print("\n".join(["The model changes:", *lines] if lines else [f"The model stays: {name}."]))
+        stays = plain(f"The model stays: {name}.")
+        print("\n".join(["The model changes:", *lines] if lines else [stays]))
     else:
         print("The model cannot be compared: pin.json is missing or in conflict.")
     if conflicts:
@@ -180,6 +265,7 @@ def update(repository: Repository, what: str, words: list[str]) -> None:
 
 def check(repository: Repository) -> None:
     """Say what is newer, of the template and of the model; changes nothing."""
+    repository.must_know_its_template()
     print("Template:")
     if repository.copier("check-update"):
         raise Stop("Copier failed, as it says above")
@@ -195,8 +281,10 @@ def check(repository: Repository) -> None:
         before, after = repository.state("HEAD"), clone.state()
     if before and after and (lines := list(described(before, after))):
         print("\n".join(["Model: `make update-model` would change", *lines]))
-    else:
+    elif before and after:
         print("Model: the pin is the newest version.")
+    else:
+        print("Model: it cannot be compared, since pin.json or a flag was edited by hand.")
 
 
 def main() -> int:
@@ -213,7 +301,7 @@ def main() -> int:
             update(repository, given.what, given.words)
     except Stop as stop:
         sys.stdout.flush()
-        print(f"error: {stop}.", file=sys.stderr)
+        print(plain(f"error: {stop}."), file=sys.stderr)
         return 1
     return 0
 
