@@ -13,6 +13,10 @@ mypy --no-error-summary
 say yamllint "YAML"
 yamllint --strict copier.yml extensions/data tests .yamllint.yaml
 
+# Several pods take a pin, as a registry gives one.
+pin=$(python -c 'import json, sys
+from tests.conftest import pinned
+json.dump(pinned("nomic-ai/nomic-embed-text-v1.5"), sys.stdout)')
 rendered=$(mktemp -d)
 trap 'rm -rf "$rendered"' EXIT
 for platform in kubernetes thinkube; do
@@ -20,7 +24,7 @@ for platform in kubernetes thinkube; do
     say render "$platform, $accelerator"
     shape=$([ "$accelerator" = cpu ] && echo app || echo component) # a component has a GPU
     python -W ignore -m copier copy --trust --defaults --quiet --vcs-ref=HEAD \
-      --data platform="$platform" --data accelerator="$accelerator" --data thinkube_deployment="$shape" \
+      --data pin="$pin" --data platform="$platform" --data accelerator="$accelerator" --data thinkube_deployment="$shape" \
       --data 'components=[monitoring, autoscaling-keda, gateway, ingress, network-policy, api-key]' \
       . "$rendered/$platform-$accelerator" >/dev/null
   done

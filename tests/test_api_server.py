@@ -10,6 +10,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -156,9 +157,12 @@ def test_a_repository_lives_its_life(
 def the_pod_is_admitted(cluster: Cluster, here: str) -> None:
     """`restricted` is enforced on pods alone, and nothing makes one here: so ask for one."""
     found = cluster.done("--namespace", here, "get", "deployment", "e5", "--output=json")
-    template = json.loads(found)["spec"]["template"]
+    admitted(cluster, here, json.loads(found)["spec"]["template"])
+
+
+def admitted(cluster: Cluster, here: str, template: dict[str, Any]) -> None:
     template["spec"].pop("runtimeClassName", None)  # a class of that name must be there for it
-    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "asked"}, **template}
+    pod: dict[str, Any] = {"apiVersion": "v1", "kind": "Pod", "spec": template["spec"]}
     pod["metadata"] = {"name": "asked", "labels": template["metadata"]["labels"]}
     command = ("--namespace", here, "apply", "--dry-run=server", "-f", "-")
     cluster.done(*command, text=json.dumps(pod))
@@ -190,14 +194,41 @@ def test_jobs_beside_the_service_are_valid(cluster: Cluster, render: Render, pin
     cluster.done("apply", "--dry-run=server", "--validate=strict", "-k", folder / "smoke")
 
 
+@pytest.mark.parametrize("shape", ["defaults", "cpu-hpa", "gb10-hpa", "l4-keda"])
+def test_the_job_that_fetches_before_a_rollout_is_admitted(
+    shape: str, cluster: Cluster, render: Render, pin_of: PinOf
+) -> None:
+    here = namespace(cluster, f"prefetch-{shape}")
+    given = SHAPES[shape] | {"open_to_everyone": True}
+    folder = render(program=False, model_id=MODEL, pin=pin_of(MODEL), namespace=here, **given)
+    created = cluster.done("create", "--dry-run=client", "--output=json", "-k", folder / "k8s")
+    made = subprocess.run(
+        [sys.executable, folder / "scripts/prefetch.py"],
+        input=created,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    kinds = [item["kind"] for item in json.loads(made.stdout)["items"]]
+    assert sorted(kinds) == ["ConfigMap", "Job", "PersistentVolumeClaim", "ServiceAccount"]
+    cluster.done("apply", "-f", "-", text=made.stdout)
+    job = json.loads(made.stdout)["items"][-1]
+    admitted(cluster, here, job["spec"]["template"])
+    # The rollout then finds everything as it wants it, and sends no request to the Job's pod.
+    cluster.done("apply", "-k", folder / "k8s")
+    found = cluster.done("--namespace", here, "get", "service", "text-embeddings", "-ojson")
+    selector = json.loads(found)["spec"]["selector"].items()
+    assert not selector <= job["spec"]["template"]["metadata"]["labels"].items()
+
+
 def test_whoever_has_the_namespace_alone_can_deploy(
     cluster: Cluster, render: Render, pin_of: PinOf
 ) -> None:
     """`admin` by a RoleBinding: namespaces can be neither created nor changed."""
     here = namespace(cluster, "tenant")
-    cluster.done(
-        *("--namespace", here, "create", "rolebinding", "bob", "--clusterrole=admin", "--user=bob")
-    )
+    for part in ("admin", "edit", "view"):  # `admin` itself is put together by a controller
+        role = f"--clusterrole=system:aggregate-to-{part}"
+        cluster.done("--namespace", here, "create", "rolebinding", part, role, "--user=bob")
     folder = render(program=False, model_id=MODEL, pin=pin_of(MODEL), namespace=here)
     environment = os.environ | {"KUBECONFIG": str(cluster.config("bob"))}
     made = subprocess.run(

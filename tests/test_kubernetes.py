@@ -742,6 +742,40 @@ def test_an_open_route_is_asked_for_explicitly(routed: str, pin_of: PinOf, rende
     assert render(**given | {"components": [routed, "api-key"]}).exists()
 
 
+def test_without_a_pin_nothing_runs_in_several_versions(pin_of: PinOf, render: Any) -> None:
+    for several in ({"replicas": "2"}, {"components": ["monitoring", "autoscaling-keda"]}):
+        with pytest.raises(UserMessageError, match="nothing is pinned") as refused:
+            render(**several)
+        assert "\n" not in str(refused.value)
+    assert render(replicas="2", pin=pin_of("nomic-ai/nomic-embed-text-v1.5")).exists()
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_an_unpinned_repository_says_so(
+    pinned: bool, template: Path, tmp_path: Path, pin_of: PinOf, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = "BAAI/bge-base-en-v1.5"
+    given = {"model_id": model} | ({"pin": pin_of(model)} if pinned else {})
+    folder = tmp_path / "rendered"
+    copier.run_copy(str(template), folder, data=given, defaults=True, unsafe=True)
+    assert ("NOTHING IS PINNED" in capfd.readouterr().err) != pinned
+    top = (folder / "README.md").read_text().partition("## Build")[0]
+    assert ("**Nothing is pinned.**" in top) != pinned
+    # A kubectl that takes everything: what is asked is whether make gets so far.
+    (tmp_path / "kubectl").write_text('#!/bin/sh\necho "$@" >>"$0.log"\n')
+    (tmp_path / "kubectl").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for words, deploys in (([], pinned), (["ALLOW_UNPINNED=1"], True), (["NAMESPACE=x"], False)):
+        (tmp_path / "kubectl.log").write_text("")
+        made = subprocess.run(
+            ["make", "deploy", *words], cwd=folder, env=environment, capture_output=True, text=True
+        )
+        assert (made.returncode == 0) == deploys, made.stderr
+        assert ("apply -k k8s" in (tmp_path / "kubectl.log").read_text()) == deploys
+        if not deploys:
+            assert "make update" in made.stderr
+
+
 def test_who_selects_by_labels_and_pulls_with_a_secret_finds_them(every: list[Built]) -> None:
     def check(built: Built) -> Iterator[str]:
         wanted = dict(p.split("=") for p in built.answers["prometheus_labels"].split()).items()

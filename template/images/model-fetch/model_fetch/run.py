@@ -67,11 +67,13 @@ def resolve(pin: Pin, settings: Settings, console: Console) -> Pin:
     try:
         found = pins.resolve(pin.model_id, pin.selector)
     except UnreachableError:
-        # A number names the same version for ever, so a complete one needs no registry.
+        # A number names the same version for ever; of a name, what was true last is served.
         known = _known_version(pin, settings)
         if known is None:
             raise
-        console.warning("MLflow is out of reach; the version is here, so it is not needed")
+        console.warning(
+            f"MLflow is out of reach; version {known.version} is here, so it is not needed"
+        )
         return known
     console.info(
         f"{pin.registered_model} {pin.selector} is version {found.version}",
@@ -262,18 +264,27 @@ def _read_back(folder: VersionFolder, marker: Marker, console: Console) -> str |
 
 
 def _known_version(pin: Pin, settings: Settings) -> Pin | None:
-    """The pin of a complete version whose number was asked for."""
-    if not pin.selector.isdigit() or settings.cache is None:
+    """The pin of a complete version that will do: the number asked for, else the newest so resolved."""
+    if settings.cache is None:
         return None
-    marker = cache.read_marker(settings.cache / pin.registered_model / pin.selector / cache.MARKER)
-    try:
-        known = Pin.from_mapping(marker.pin) if marker else None
-    except TemplateError:
-        return None
-    asked = (pin.model_id, pin.registered_model, pin.selector)
-    if known is None or (known.model_id, known.registered_model, known.version) != asked:
-        return None
-    return known
+    folder = settings.cache / pin.registered_model
+    numbers = [pin.selector]
+    if not pin.selector.isdigit():
+        there = (path.name for path in folder.glob("*"))
+        numbers = sorted((name for name in there if name.isdecimal()), key=int, reverse=True)
+    for number in numbers:
+        marker = cache.read_marker(folder / number / cache.MARKER)
+        try:
+            known = Pin.from_mapping(marker.pin) if marker else None
+        except TemplateError:
+            continue
+        asked = (pin.model_id, pin.registered_model, number)
+        if known is None or (known.model_id, known.registered_model, known.version) != asked:
+            continue
+        # What an alias named is not simply the newest; the latest is.
+        if pin.selector in (number, "latest", known.selector):
+            return known
+    return None
 
 
 def _fill(
