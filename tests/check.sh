@@ -13,10 +13,6 @@ mypy --no-error-summary
 say yamllint "YAML"
 yamllint --strict copier.yml extensions/data tests .yamllint.yaml
 
-# Several pods take a pin, as a registry gives one.
-pin=$(python -c 'import json, sys
-from tests.conftest import pinned
-json.dump(pinned("nomic-ai/nomic-embed-text-v1.5"), sys.stdout)')
 rendered=$(mktemp -d)
 trap 'rm -rf "$rendered"' EXIT
 for platform in kubernetes thinkube; do
@@ -24,8 +20,8 @@ for platform in kubernetes thinkube; do
     say render "$platform, $accelerator"
     shape=$([ "$accelerator" = cpu ] && echo app || echo component) # a component has a GPU
     python -W ignore -m copier copy --trust --defaults --quiet --vcs-ref=HEAD \
-      --data pin="$pin" --data platform="$platform" --data accelerator="$accelerator" --data thinkube_deployment="$shape" \
-      --data 'components=[monitoring, autoscaling-keda, gateway, ingress, network-policy, api-key]' \
+      --data platform="$platform" --data accelerator="$accelerator" --data thinkube_deployment="$shape" \
+      --data 'components=[monitoring, gateway, ingress, network-policy, api-key]' \
       . "$rendered/$platform-$accelerator" >/dev/null
   done
 done
