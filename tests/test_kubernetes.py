@@ -768,7 +768,11 @@ def test_an_unpinned_repository_says_so(
     for words, deploys in (([], pinned), (["ALLOW_UNPINNED=1"], True), (["NAMESPACE=x"], False)):
         (tmp_path / "kubectl.log").write_text("")
         made = subprocess.run(
-            ["make", "deploy", *words], cwd=folder, env=environment, capture_output=True, text=True
+            ["make", "deploy", "IMAGES=true", *words],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
         )
         assert (made.returncode == 0) == deploys, made.stderr
         assert ("apply -k k8s" in (tmp_path / "kubectl.log").read_text()) == deploys
