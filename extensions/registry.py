@@ -520,7 +520,12 @@ class Registry:
                 max_retries=retries,
                 timeout=timeout,
                 raise_on_status=False,
-                extra_headers={"Accept-Encoding": "identity", **headers},
+                # oauth2-proxy shows a login page (403) to who does not ask for JSON.
+                extra_headers={
+                    "Accept-Encoding": "identity",
+                    "Accept": "application/json",
+                    **headers,
+                },
                 stream=True,
                 allow_redirects=False,
                 **what,
@@ -571,18 +576,18 @@ class Registry:
             )
         creds = self._credentials
         given = creds.token or creds.username or creds.auth
-        if answer.status == 403:
+        if answer.status == 403 and "html" not in answer.content_type:
             return DeniedError(
                 f"MLflow at {self.shown} does not let this login read the model (403): ask for "
                 "READ permission on it."
             )
         if given:
             return DeniedError(
-                f"MLflow at {self.shown} refuses the credentials of the environment (401): check "
-                "user, password or token, and whether it has expired."
+                f"MLflow at {self.shown} refuses the credentials of the environment "
+                f"({answer.status}): check user, password or token, and whether it has expired."
             )
         return DeniedError(
-            f"MLflow at {self.shown} wants a login (401): set MLFLOW_TRACKING_TOKEN, or "
+            f"MLflow at {self.shown} wants a login ({answer.status}): set MLFLOW_TRACKING_TOKEN, or "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the MLFLOW_KEYCLOAK_* "
             "variables."
         )
@@ -765,7 +770,7 @@ def _keycloak_token(url: str, ca: str | None) -> str:
         response = requests.post(
             url,
             data=form,
-            headers={"Accept-Encoding": "identity"},
+            headers={"Accept-Encoding": "identity", "Accept": "application/json"},
             timeout=_TIMEOUT_S,
             verify=ca or True,
             allow_redirects=False,
@@ -785,8 +790,15 @@ def _keycloak_token(url: str, ca: str | None) -> str:
     if answer.status == 200 and isinstance(token, str) and _TOKEN.fullmatch(token):
         return token
     if answer.status in (400, 401, 403):
+        texts = [said.get("error"), said.get("error_description")]
+        secrets = [form[name] for name in ("client_secret", "password") if form.get(name)]
+        told = [
+            _word(text)
+            for text in texts
+            if isinstance(text, str) and not any(secret in text for secret in secrets)
+        ]
         raise DeniedError(
-            f"Keycloak at {shown} refuses the login ({_word(said.get('error') or answer.status)}): "
+            f"Keycloak at {shown} refuses the login ({': '.join(told) or answer.status}): "
             f"check the client, the secret, and the user of the {form['grant_type']} grant."
         )
     raise UnreachableError(

@@ -327,6 +327,12 @@ PAGES: dict[str, tuple[Answer, dict[str, str], str]] = {
         "wants a login (401): set MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and "
         "MLFLOW_TRACKING_PASSWORD, or the MLFLOW_KEYCLOAK_* variables.",
     ),
+    "login page of oauth2-proxy": (
+        (403, HTML, b"<h1>Log in</h1>"),
+        {},
+        "wants a login (403): set MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and "
+        "MLFLOW_TRACKING_PASSWORD, or the MLFLOW_KEYCLOAK_* variables.",
+    ),
     "login refused": (
         (401, HTML, b"no"),
         {"MLFLOW_TRACKING_TOKEN": "expired-token"},
@@ -357,6 +363,7 @@ def test_a_server_that_refuses(refused: Callable[..., str], page: str) -> None:
         assert refused(MLFLOW_TRACKING_URI=closed.uri, **variables) == (
             f"MLflow at {closed.uri} {line}"
         )
+    assert {request.headers["Accept"] for request in closed.requests} == {"application/json"}
 
 
 def test_a_login_page_in_the_way(refused: Callable[..., str]) -> None:
@@ -521,3 +528,23 @@ def test_keycloak_refuses(
         "MLFLOW_KEYCLOAK_TOKEN_URL is set, but MLFLOW_CLIENT_SECRET (or MLFLOW_AUTH_USERNAME and "
         "MLFLOW_AUTH_PASSWORD) is not."
     )
+
+
+@pytest.mark.parametrize(
+    ("description", "told"),
+    [
+        ("Account disabled\x1b[31m", "invalid_grant: Account disabled?[31m"),
+        ("wrong: hunter2", "invalid_grant"),
+        (["a"], "invalid_grant"),
+    ],
+)
+def test_keycloak_says_why_not(refused: Callable[..., str], description: object, told: str) -> None:
+    said = json.dumps({"error": "invalid_grant", "error_description": description}).encode()
+    login = {
+        "MLFLOW_KEYCLOAK_CLIENT_ID": "render",
+        "MLFLOW_AUTH_USERNAME": "me",
+        "MLFLOW_AUTH_PASSWORD": "hunter2",
+    }
+    with gateway(lambda _: (401, JSON, said)) as identity:
+        asked = {"MLFLOW_TRACKING_URI": identity.uri, "MLFLOW_KEYCLOAK_TOKEN_URL": identity.uri}
+        assert f"refuses the login ({told}):" in refused("model_id=acme/good", **asked, **login)
