@@ -346,7 +346,7 @@ def link(link: Path, target: Path) -> None:
     Raises: OSError, also when something other than a link is there.
     """
     link.parent.mkdir(parents=True, exist_ok=True)
-    if link.exists() and not link.is_symlink():
+    if os.path.lexists(link) and not link.is_symlink():
         raise FileExistsError(17, "is not a symbolic link and is left alone", str(link))
     fresh = link.with_name(f".{link.name}.{os.urandom(4).hex()}")
     fresh.symlink_to(target)

@@ -486,48 +486,47 @@ def choose(pin: Pin, settings: Settings, console: Console, stop: Stop) -> Source
 
     Raises: ConfigurationError when none is, and what a source raises itself.
     """
-    reasons: list[str] = []
+    passed: list[NotOffered] = []
     try:
-        return _choose(pin, settings, console, stop, reasons)
+        return _choose(pin, settings, console, stop, passed)
     except ConfigurationError as error:
-        # The way that was meant may be a nearer one.
-        others = [reason for reason in reasons if reason not in str(error)]
-        raise ConfigurationError("; ".join([str(error), *others])) from None
+        # The way that was meant may be a nearer one, and so is its exit code.
+        others = [str(other) for other in passed if str(other) not in str(error)]
+        kind = next((type(other.error) for other in passed if other.error), ConfigurationError)
+        raise kind("; ".join([*others, str(error)])) from None
 
 
 def _choose(
-    pin: Pin, settings: Settings, console: Console, stop: Stop, reasons: list[str]
+    pin: Pin, settings: Settings, console: Console, stop: Stop, passed: list[NotOffered]
 ) -> Source:
-    unlike: TemplateError | None = None
+    """passed: becomes the ways that are not open."""
     for source in candidates(pin, settings):
         patience = Patience(pin.registered_model, settings, stop, Reasons(console))
         try:
             _check(source, patience)
         except NotOffered as reason:
-            unlike = unlike or reason.error
-            reasons.append(str(reason))
+            passed.append(reason)
             continue
         except TemplateError as error:
             # A store that is mounted but lacks the files does not speak for the others.
             if not isinstance(source, Mounted) or isinstance(error, ConfigurationError):
                 raise
-            unlike = unlike or error
-            reasons.append(str(error))
+            passed.append(NotOffered(str(error), error))
             continue
-        for reason_text in reasons:
-            console.info(f"a nearer source is not used: {reason_text}")
+        for other in passed:
+            console.info(f"a nearer source is not used: {other}")
         if isinstance(source, HttpSource) and source.trust.insecure:
             console.warning(
                 f"{source.trust.insecure} is set: anybody could pose as the server; name its "
                 "authority's file in MLFLOW_TRACKING_SERVER_CERT_PATH instead"
             )
         return source
-    if unlike is not None:
-        raise unlike
+    for other in passed:
+        if other.error is not None:
+            raise other.error
     shown = place(pin.artifact_uri or "")
-    raise ConfigurationError(
-        f"no way to {shown}: {'; '.join(reasons) or 'nothing is mounted there'}"
-    )
+    reasons = "; ".join(map(str, passed)) or "nothing is mounted there"
+    raise ConfigurationError(f"no way to {shown}: {reasons}")
 
 
 def mounted(pin: Pin, settings: Settings) -> Mounted | None:

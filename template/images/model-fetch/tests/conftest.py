@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ for _folder in (Path(__file__).parent, Path(__file__).parents[1]):
     if str(_folder) not in sys.path:
         sys.path.insert(0, str(_folder))
 
+from fetchkit.filesystems import Distributed, JuiceFS, SeaweedFS  # noqa: E402
 from fetchkit.models import PinnedModel, embedding_model  # noqa: E402
 from fetchkit.program import Pod  # noqa: E402
 
@@ -48,3 +52,28 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
         capture_output=True,
     )
     return folder
+
+
+def _running(kind: type[Distributed]) -> Iterator[Distributed]:
+    folder = Path(tempfile.mkdtemp(prefix=f"{kind.__name__.lower()}-"))
+    folder.chmod(0o755)  # other users' pods look into it, too
+    try:
+        store = kind(folder)
+        try:
+            yield store
+        finally:
+            store.end()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def seaweedfs() -> Iterator[Distributed]:
+    """A real SeaweedFS, with S3; started once."""
+    yield from _running(SeaweedFS)
+
+
+@pytest.fixture(scope="session")
+def juicefs() -> Iterator[Distributed]:
+    """A real JuiceFS, with its S3 gateway; started once."""
+    yield from _running(JuiceFS)

@@ -115,17 +115,19 @@ class Distributed:
         where = self.folder / f"mount-{self.mounts}"
         where.mkdir()
         service = self._mount(where, options, self.folder / f"mount-{self.mounts}.log")
+        self.services.append(service)
         try:
             service.wait(lambda: os.path.ismount(where))
             yield where
         finally:
             subprocess.run(["umount", str(where)], capture_output=True)
             service.end()
+            self.services.remove(service)
             subprocess.run(["umount", "-l", str(where)], capture_output=True)
 
     def end(self) -> None:
         for service in reversed(self.services):
-            service.end()
+            service.end(signal.SIGKILL)  # asked kindly, SeaweedFS takes 20 s
 
 
 class SeaweedFS(Distributed):

@@ -8,8 +8,11 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from .models import PinnedModel, contents
 
@@ -32,8 +35,9 @@ class Run:
 class Pod:
     """A cache volume, a link and a pin: what one init container sees."""
 
-    def __init__(self, folder: Path, cache: Path | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, cache: Path | None = None, user: int | None = None) -> None:
+        """user: whose processes they are; None for the tests' own"""
+        self.folder, self.user = folder, user
         self.cache = cache or folder / "cache"
         self.link = folder / "model" / "current"
         self.pin_file = folder / "pin.json"
@@ -44,7 +48,7 @@ class Pod:
         mapping = pin.pin() if isinstance(pin, PinnedModel) else pin
         self.pin_file.write_text(json.dumps(mapping))
         return [
-            *(sys.executable, "-m", "model_fetch"),
+            *(sys.executable if self.user is None else python_for(self.user), "-m", "model_fetch"),
             *("--pin", str(self.pin_file), "--cache", str(self.cache), "--link", str(self.link)),
             *("--termination-log", str(self.termination), *SMALL, *options),
         ]
@@ -66,6 +70,9 @@ class Pod:
             self.command(pin, *options),
             env=self.environment(url, env),
             cwd=self.folder,
+            user=self.user,
+            group=self.user,
+            extra_groups=None if self.user is None else [],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -97,6 +104,23 @@ class Pod:
 
     def looks_complete(self, version: str = "3") -> bool:
         return self.version_folder(version).exists() or self.link.exists()
+
+
+@cache
+def python_for(user: int) -> str:
+    """An interpreter that another user may run; skips the test where there is none."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can run the program as another user")
+    check = f"import sys; sys.path.insert(0, {str(PACKAGE)!r}); import model_fetch.run"
+    for python in (sys.executable, "/usr/bin/python3"):
+        try:
+            subprocess.run(
+                [python, "-c", check], check=True, capture_output=True, user=user, group=user
+            )
+        except (OSError, subprocess.CalledProcessError):
+            continue
+        return python
+    pytest.skip(f"there is no Python here that uid {user} may run")
 
 
 def assert_ready(run: Run, pod: Pod, model: PinnedModel) -> None:
