@@ -18,6 +18,7 @@ from .failures import (
     TemplateError,
     UnreachableError,
     VerificationError,
+    from_os_error,
 )
 from .lock import Hold, LockLost
 from .pin import Pin
@@ -96,6 +97,8 @@ def make_ready(pin: Pin, settings: Settings, console: Console, stop: Stop) -> Ou
             break
         except LockLost:
             console.warning("another process has taken over, after this one had stood still")
+        except OSError as error:
+            raise from_os_error(error, folder.parent) from error
     else:
         raise UnreachableError(
             f"{folder.parent} changes under this process again and again: look what else writes there"

@@ -59,7 +59,7 @@ def test_a_volume_that_fills_up_meanwhile(pod: Pod) -> None:
                 pass
         log, _ = process.communicate(timeout=60)
         assert process.returncode == 6, log
-        assert "no space left" in log
+        assert f"no space left at {pod.cache}" in log
         assert not pod.looks_complete()
         hog.unlink()
         store.rate = None
