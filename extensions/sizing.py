@@ -21,7 +21,7 @@ from .egress import Egress, destinations
 from .embedding_model import Facts
 from .errors import ConfigurationError, TemplateError, UnsuitableModelError
 from .pin import Pin
-from .tei import Edit, edits
+from .tei import Edit, edits, environment, release
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
@@ -270,6 +270,10 @@ class Plan:
     tei_edits: tuple[Edit, ...]
     """The edits of TEI's sources that its image has."""
 
+    tei_release: Mapping[str, Any] | None
+    """What is known of the release that is built; None where nothing is."""
+
+    tei_environment: Mapping[str, str]
     model_fetch_image: Image
     smoke_image: Image
     egress: tuple[Egress, ...]
@@ -355,6 +359,8 @@ def plan(pin: Pin, given: Mapping[str, Any]) -> Plan:
         slow_token_seconds=2 * _parameters(facts) / _SLOW_GPU_FLOPS,
         tei_image=_tei_image(gpu, given),
         tei_edits=edits(given),
+        tei_release=release(given["tei_ref"]),
+        tei_environment=environment(),
         model_fetch_image=Image(f"{registry}-model-fetch", MODEL_FETCH_VERSION),
         smoke_image=Image(f"{registry}-smoke", SMOKE_VERSION),
         egress=tuple(destinations(pin, given)),

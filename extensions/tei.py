@@ -1,4 +1,4 @@
-"""Text Embeddings Inference itself: the edits of its sources that the built image carries."""
+"""Text Embeddings Inference itself: its releases, and the edits that the built image has."""
 
 from __future__ import annotations
 
@@ -36,6 +36,16 @@ def _table() -> Mapping[str, Any]:
 def releases() -> tuple[Mapping[str, Any], ...]:
     """The commits that are known, oldest first."""
     return tuple(_table()["releases"])
+
+
+def release(commit: str) -> Mapping[str, Any] | None:
+    """What is known of the TEI at that commit; None where nothing is."""
+    return next((row for row in releases() if row["commit"] == commit), None)
+
+
+def environment() -> Mapping[str, str]:
+    """Variables that every TEI is given, whether its release knows them or not."""
+    return {name: row["value"] for name, row in _table()["environment"].items()}
 
 
 def every_edit() -> tuple[Edit, ...]:

@@ -160,3 +160,29 @@ def test_the_answer_turns_them_off(render_tei: RenderTei, answers: dict[str, obj
     assert 'DOCKER_LABEL="cpu"' in dockerfile
     assert "patches" not in (folder / "images/tei/kustomization.yaml").read_text()
     assert "patches" not in (folder / "k8s/build/job.yaml").read_text()
+
+
+@pytest.mark.parametrize("release", tei.releases(), ids=lambda row: str(row["calls_itself"]))
+def test_every_known_release_can_be_built(
+    render_tei: RenderTei, release: dict[str, object]
+) -> None:
+    folder = render_tei("gb10", tei_ref=release["commit"]) / "images/tei"
+
+    assert f"ARG TEI_REF={release['commit']}\n" in (folder / "Dockerfile").read_text()
+    assert f"calls itself {release['calls_itself']}" in (folder / "README.md").read_text()
+
+
+def test_a_release_that_nobody_knows_is_said_to_be_unknown(render_tei: RenderTei) -> None:
+    readme = render_tei("cpu", tei_ref="0" * 40) / "images/tei/README.md"
+
+    assert "Nothing is known here of that commit." in readme.read_text()
+
+
+def test_statistics_are_turned_off_whether_the_release_knows_them_or_not(
+    render_tei: RenderTei,
+) -> None:
+    assert tei.environment()["USAGE_STATS"] == "off"
+    assert "USAGE_STATS=off" in (render_tei("cpu") / "images/tei/Dockerfile").read_text()
+    deployment = ROOT / "template/{{ objects_folder() }}/base/deployment.yaml.jinja"
+    for file in (deployment, ROOT / "template/compose.yaml.jinja"):
+        assert "it.tei_environment.items()" in file.read_text()
