@@ -83,6 +83,8 @@ def made(given: argparse.Namespace) -> dict[str, Any]:
     config = given.folder / "config.json"
     if not config.is_file():
         raise CannotMake(f"{given.folder} holds no config.json: name the folder of the model")
+    if not (given.folder / "modules.json").is_file() and not given.pooling:
+        raise CannotMake(f"{given.folder} does not say how it pools: --pooling does")
     model = _load(given)
     longest = min(given.max_input_tokens or model.max_seq_length, model.max_seq_length)
     model.max_seq_length = longest
@@ -131,8 +133,6 @@ def _load(given: argparse.Namespace) -> Any:
         "model_kwargs": {"dtype": torch.float32},
         "local_files_only": True,
     }
-    if not (given.folder / "modules.json").is_file() and not given.pooling:
-        raise CannotMake(f"{given.folder} does not say how it pools: --pooling does")
     try:
         model = SentenceTransformer(str(given.folder), **options)
         if not (given.folder / "modules.json").is_file():
