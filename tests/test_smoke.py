@@ -224,6 +224,8 @@ def test_without_a_key_the_check_of_keys_is_skipped(
         (["--url=ftp://x"], None, "is no http:// or https:// URL"),
         ([], "{}", "cannot be used"),
         ([], "not json", "cannot be used"),
+        ([], "[" * 100_000, "cannot be used"),
+        ([], "LARGE", "must be whole numbers"),
         (["--expected=/nowhere"], None, "cannot be used"),
     ],
 )
@@ -240,8 +242,9 @@ def test_what_cannot_begin_ends_with_2(
     monkeypatch.setenv("API_KEY", KEY)
     expected = rendered / "smoke/expected.json"
     if content is not None:
+        large = json.dumps(json.loads(expected.read_text()) | {"request_seconds": 10**400})
         expected = tmp_path / "expected.json"
-        expected.write_text(content)
+        expected.write_text(large if content == "LARGE" else content)
     assert smoke.main([f"--expected={expected}", *arguments]) == 2
     assert said in capsys.readouterr().err
 
@@ -576,6 +579,26 @@ def test_it_waits_until_the_endpoint_is_healthy(
         expected = f"--expected={rendered / 'smoke/expected.json'}"
         assert smoke.main([f"--url={url}", expected, "--wait=60"]) == 0
     assert len(waits) == 1
+
+
+def test_a_terminal_that_knows_few_letters_is_enough(small: Path) -> None:
+    odd = _answer('{"model_type": "ü 東京"}'.encode())
+    with _Odd("/info", odd) as url:
+        done = subprocess.run(
+            [
+                sys.executable,
+                ROOT / "template/smoke/smoke.py",
+                f"--url={url}",
+                f"--expected={small}",
+            ],
+            env={"API_KEY": KEY, "PYTHONIOENCODING": "ascii"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 1
+    assert done.stderr == ""
+    assert "model_type is \\xfc \\u6771\\u4eac" in done.stdout
 
 
 def test_it_runs_as_a_program_without_showing_the_key(rendered: Path) -> None:

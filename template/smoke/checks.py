@@ -15,6 +15,9 @@ from typing import Any
 
 from endpoint import Endpoint, Failed, Stopped, base_url, header_key
 
+LARGEST = 1_000_000
+"""Of what counts tokens, texts or seconds."""
+
 
 class Skipped(Exception):
     """A check has nothing to look at."""
@@ -47,8 +50,8 @@ class Expected:
             expected = cls(**known)
         except TypeError as error:
             raise ValueError(str(error).partition(" ")[2]) from None
-        if any(type(known[name]) is not int or known[name] < 1 for name in counts):
-            raise ValueError(f"{', '.join(counts)} must be whole numbers above 0")
+        if any(type(known[n]) is not int or not 0 < known[n] <= LARGEST for n in counts):
+            raise ValueError(f"{', '.join(counts)} must be whole numbers from 1 to {LARGEST}")
         if not isinstance(expected.model, str):
             raise ValueError("model must be a text")
         return expected
@@ -79,8 +82,10 @@ def begin(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None
 ) -> tuple[argparse.Namespace, Expected, Endpoint]:
     """Read the arguments and the key, wait for the service; raises CannotBegin."""
-    default_url = os.environ.get("SMOKE_URL", "http://127.0.0.1:8355")
-    parser.add_argument("--url", default=default_url, help=f"of the service [{default_url}]")
+    url = os.environ.get("SMOKE_URL", "http://127.0.0.1:8355")
+    parser.add_argument(
+        "--url", default=url, help="of the service [SMOKE_URL, else port 8355 here]"
+    )
     parser.add_argument(
         "--expected",
         type=Path,
@@ -109,6 +114,8 @@ def program(main: Callable[..., int]) -> Callable[..., int]:
 
     @wraps(main)
     def run(arguments: Sequence[str] | None = None) -> int:
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may not know a letter
         try:
             return main(arguments)
         except CannotBegin as reason:

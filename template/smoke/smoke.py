@@ -104,7 +104,7 @@ def info(it: Service) -> str:
         ),
         ("model_dtype", said.get("model_dtype"), expected.dtype),
         ("pooling", pooling, expected.pooling),
-        ("version", told, expected.version if told and expected.version else told),
+        ("version", told, str(expected.version) if told and expected.version else told),
     ):
         _equal(name, found, wanted)
     tokens = said.get("max_batch_tokens")
