@@ -87,9 +87,7 @@ def render(template: Path, tmp_path: Path) -> Render:
             unsafe=True,
             quiet=True,
             overwrite=True,
-            exclude=[]
-            if program
-            else ["images/model-fetch/model_fetch", "images/model-fetch/tests"],
+            exclude=[] if program else ["images/model-fetch/model_fetch"],
         )
         return target
 

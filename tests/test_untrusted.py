@@ -81,7 +81,7 @@ def test_a_free_text_answer_arrives_or_is_refused(name: str, template: Path, fol
                 defaults=True,
                 unsafe=True,
                 quiet=True,
-                exclude=["images/model-fetch/model_fetch", "images/model-fetch/tests"],
+                exclude=["images/model-fetch/model_fetch"],
             )
         except UserMessageError as refusal:
             assert str(refusal).isprintable()  # noqa: PT017
