@@ -128,7 +128,7 @@ def advice(result: Mapping[str, Any], rate: float | None = None) -> list[str]:
         count = replicas(rate, usual)
         said.append(
             f"{rate:g} texts/s of mixed length need {count} "
-            f"{'replica' if count == 1 else 'replicas'}, each at {HEADROOM:.0%} of its {usual:.1f}."
+            f"{'replica' if count == 1 else 'replicas'}, each at {100 * HEADROOM:.0f} % of its {usual:.1f}."
         )
     if result["client_cpu_share"] > 0.8:
         said.append(

@@ -21,16 +21,16 @@ export class Service {
     this.batch = 32;
   }
 
-  async ask(path, body) {
+  async ask(path, body = null) {
     const headers = { "Content-Type": "application/json" };
     const key = this.key().trim();
     if (key) headers.Authorization = `Bearer ${key}`;
     let answer;
     try {
       answer = await this.fetcher(path, {
-        method: body === undefined ? "GET" : "POST",
+        method: body === null ? "GET" : "POST",
         headers,
-        body: body === undefined ? undefined : JSON.stringify(body),
+        body: body === null ? null : JSON.stringify(body),
         redirect: "error",
         referrerPolicy: "no-referrer",
       });
