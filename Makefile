@@ -51,6 +51,10 @@ test-all: $(INSTALLED) $(VENV)/.reference ## The same, and the comparison with t
 models: $(INSTALLED) ## Print which model is served on which accelerator, from the rules
 	@$(BIN)/python -m tests.models.table
 
+.PHONY: contract
+contract: $(INSTALLED) $(VENV)/.reference ## Compare TEI's contract with the real TEI (TEI_ROUTER names it), print what differs
+	@$(BIN)/python -m tests.contract.program $(CONTRACT_ARGS)
+
 .PHONY: bench
 bench: $(INSTALLED) ## Measure rendering against an empty template; prints a table
 	$(BIN)/python benchmarks/render.py

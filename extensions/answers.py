@@ -16,6 +16,7 @@ import yaml
 from . import accelerator, compatibility, edge, sizing, thinkube
 from .errors import ConfigurationError, UnsuitableModelError
 from .pin import Pin
+from .tei import edits
 
 _DNS_LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 _DNS_NAME = rf"{_DNS_LABEL}(\.{_DNS_LABEL})*"
@@ -254,9 +255,15 @@ def check_together(given: Mapping[str, Any], pin: Pin) -> None:
         )
     gpu = accelerator.for_name(given["accelerator"])
     hardware = replace(gpu, dtype=sizing.serving_dtype(pin.facts, gpu))
-    findings = compatibility.check_hardware(pin.facts.architecture, hardware)
+    findings = compatibility.check_hardware(
+        pin.facts.architecture, hardware, edited=bool(edits(given)), facts=pin.facts
+    )
     if refused_there := compatibility.refusal(findings):
         raise UnsuitableModelError(f"{pin.model_id} on {gpu.title}: {refused_there}")
+    pooling = given["pooling"] if given["pooling"] != "auto" else pin.facts.pooling
+    row = compatibility.JINA_V2 if pin.facts.alibi else pin.facts.architecture
+    if pooling and (wrong := compatibility.pooling_problem(row, pooling)):
+        raise UnsuitableModelError(f"pooling: {wrong}")
     if refused := sizing.problem(pin, given) or thinkube.problem(pin, given):
         raise refused
     if pin.facts.pooling is None and given["pooling"] == "auto":

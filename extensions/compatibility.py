@@ -30,10 +30,11 @@ from .findings import (
     Rule,
     Tensors,
 )
-from .module_rules import POOLING_MODES
+from .module_rules import POOLING_MODES, pooling_problem
 
 __all__ = [
     "FIXED",
+    "JINA_V2",
     "JINA_V2_CODE",
     "OK",
     "OUTCOMES",
@@ -43,6 +44,7 @@ __all__ = [
     "Finding",
     "Hardware",
     "Model",
+    "pooling_problem",
 ]
 
 ARCHITECTURES = contract.architectures()
@@ -97,6 +99,8 @@ def check_hardware(
     config: dict[str, Any] = {"model_type": model_type, "architectures": ["Model"]}
     if facts is not None and facts.attention == "both":
         config["use_bidirectional_attention"] = True
+    if facts is not None and facts.alibi:
+        config["position_embedding_type"] = "alibi"
     if facts is not None and facts.activation and (row := ARCHITECTURES.get(model_type)):
         config |= dict.fromkeys(_activations(row), facts.activation)
     rules = [rule for rule in RULES if rule.look in (_hardware, _mask, _fused, _overflow)]
@@ -367,8 +371,8 @@ def _mask(model: Model, hardware: Hardware | None) -> Iterator[Result]:
     else:
         yield (
             REFUSED,
-            f"{row.mask.harm}: build TEI with the edits of images/tei (tei_image=build, tei_edits=true), "
-            "or choose a GPU with flash attention.",
+            f"{row.mask.harm}: build TEI with its edits (tei_image=build, tei_edits=true)"
+            f"{', or choose a GPU with flash attention' if 'flash' in row.paths else ''}.",
         )
 
 

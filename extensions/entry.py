@@ -208,7 +208,8 @@ class TextEmbeddings(Extension):
         def pin_of(context: Context) -> Any:
             """The pin as the cluster gets it."""
             pin = _module("pin").Pin.from_mapping(context["pin"])
-            return catalog.deployed(pin, context["model_task"])
+            deployed = catalog.deployed(pin, context["model_task"])
+            return _module("sizing").limited(deployed, given_of(context))
 
         @pass_context
         def pinned(context: Context) -> object:

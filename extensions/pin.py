@@ -61,6 +61,10 @@ class Pin:
     """What model-fetch makes of the files before TEI can load them: `kind`, and the `task` once it is
     answered. None: nothing."""
 
+    input_tokens: int | None = None
+    """Longest input that is served, where that is less than the model takes; model-fetch writes it into
+    the model's files. None: as those say."""
+
     remarks: tuple[str, ...] = ()
     """What the rules of compatibility.py say of this version, one sentence each."""
 
@@ -74,6 +78,8 @@ class Pin:
         mapping["facts"] = asdict(self.facts) | {"prompts": dict(self.facts.prompts)}
         if self.conversion is not None:
             mapping["conversion"] = dict(self.conversion)
+        if self.input_tokens is not None:
+            mapping["input_tokens"] = self.input_tokens
         if self.remarks:
             mapping["remarks"] = list(self.remarks)
         if self.workspace is not None:
@@ -128,6 +134,8 @@ def _parsed(pin: Mapping[str, Any]) -> dict[str, Any]:
     values["workspace"] = _text("pin.workspace", pin.get("workspace"), WORKSPACE, optional=True)
     values["facts"] = _parsed_facts(pin.get("facts"))
     values["conversion"] = _parsed_conversion(pin.get("conversion"))
+    tokens = pin.get("input_tokens")
+    values["input_tokens"] = None if tokens is None else reading.count(tokens, "pin.input_tokens")
     values["remarks"] = tuple(
         _text("an item of pin.remarks", remark, r"[^\0]*")
         for remark in reading.items(pin.get("remarks") or [], "pin.remarks")

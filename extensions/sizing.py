@@ -9,7 +9,7 @@ of ours, on the safe side.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from math import ceil
 from typing import Any
@@ -391,6 +391,24 @@ def problem(pin: Pin, given: Mapping[str, Any]) -> TemplateError | None:
     return None
 
 
+def limited(pin: Pin, given: Mapping[str, Any]) -> Pin:
+    """The pin with the length that this deployment serves, where that is less than the model takes."""
+    gpu = accelerators.for_name(given["accelerator"])
+    hardware = replace(gpu, dtype=serving_dtype(pin.facts, gpu))
+    edited = bool(edits(given))
+    tokens = compatibility.served_tokens(pin.facts, hardware, edited=edited)
+    if tokens is None:
+        return pin
+    why = (
+        "the table of positions that TEI builds at start grows with the square of the length"
+        if pin.facts.alibi
+        else "beyond half its window this image of TEI, which has no edits, loses the window in batches"
+    )
+    remark = f"Texts are cut at {tokens:,} tokens here: {why}."
+    facts = replace(pin.facts, max_input_tokens=tokens)
+    return replace(pin, facts=facts, input_tokens=tokens, remarks=(*pin.remarks, remark))
+
+
 # Memory
 
 
@@ -426,11 +444,11 @@ def _dtypes(facts: Facts) -> tuple[str, ...]:
 
 def uses_flash_attention(facts: Facts, gpu: Accelerator) -> bool:
     """TEI's flash attention is for float16 alone (backends/candle/src/lib.rs)."""
-    without = {"mpnet", "deberta-v2"}
+    row = compatibility.ARCHITECTURES.get(facts.architecture)
     return (
         gpu.flash_attention
         and serving_dtype(facts, gpu) == "float16"
-        and facts.architecture not in without
+        and (row is None or "flash" in row.paths)
     )
 
 
@@ -457,8 +475,15 @@ def memory_needed(facts: Facts, gpu: Accelerator, batch_tokens: int) -> Memory:
     return Memory(
         weights=_parameters(facts) * _ITEM_BYTES[serving_dtype(facts, gpu)],
         activations=activation_bytes(facts, gpu, batch_tokens),
-        overhead=_CUDA_BYTES if gpu.is_gpu else 0,
+        overhead=_CUDA_BYTES if gpu.is_gpu else position_table_bytes(facts, gpu),
     )
+
+
+def position_table_bytes(facts: Facts, gpu: Accelerator) -> int:
+    """Of the host while TEI starts, for jina-embeddings-v2 without flash attention; 0 for others."""
+    if not facts.alibi or uses_flash_attention(facts, gpu):
+        return 0
+    return compatibility.table_bytes(facts, facts.max_input_tokens or 0)
 
 
 def _fits(facts: Facts, gpu: Accelerator, batch_tokens: int, wanted: bool) -> bool:
@@ -561,7 +586,7 @@ def tei_resources(facts: Facts, gpu: Accelerator, memory: Memory, workers: int) 
         )
         parts.append(f"{_mib(memory.overhead)} MiB for CUDA in the unified memory")
     else:
-        passing = _stored_bytes(facts)
+        passing = _stored_bytes(facts) + position_table_bytes(facts, gpu)
         parts.append(f"up to {_mib(passing)} MiB of weights on their way to the GPU")
     step = 256 if gpu.is_gpu else 32
     headroom, share = (needed // 4, "a quarter") if gpu.is_gpu else (needed // 2, "a half")
@@ -751,6 +776,9 @@ def _flags(
     if task and facts.prompts:
         prompt = f"The model was trained with it for {task}; /v1/embeddings takes no prompt name"
         yield Flag("--default-prompt-name", task, prompt)
+    elif facts.default_prompt:
+        prompt = "The model's own pipeline puts it before every text"
+        yield Flag("--default-prompt-name", facts.default_prompt, prompt)
     else:
         yield Flag("--default-prompt", None, _prompt_reason(facts))
     yield Flag(

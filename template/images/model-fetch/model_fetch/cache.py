@@ -30,7 +30,7 @@ FORMAT = 1
 LONGEST_MARKER = 8 << 20  # bytes
 CONTENT = (
     *("registered_model", "version", "run_id", "logged_model_id", "artifact_uri"),
-    *("files", "conversion"),
+    *("files", "conversion", "input_tokens"),
 )
 """What of a pin decides on the bytes in a version's folder."""
 

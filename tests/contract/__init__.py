@@ -1,0 +1,1 @@
+"""Verifies TEI's contract (extensions/data/contract.json) on the real server: `make contract`."""

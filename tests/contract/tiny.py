@@ -1,0 +1,192 @@
+"""Tiny seeded models of each architecture, as transformers saves them, and their vectors.
+
+Weights are scaled so that different texts have cosines between -0.4 and 0.9: a fault shows. A text of
+n words has n tokens and the special ones, so lengths are exact.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+LAYERS, HIDDEN, HEADS, POSITIONS, LIMIT = 3, 64, 4, 128, 64
+SPECIAL = ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]")
+WORDS = tuple(f"w{n}" for n in range(250))
+VOCABULARY = len(SPECIAL) + len(WORDS)
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "intermediate_size": 128,
+    "max_position_embeddings": POSITIONS,
+    "pad_token_id": 0,
+}
+_DECODER = _SIZES | {"num_key_value_heads": 2, "head_dim": 16, "eos_token_id": 2}
+
+MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("BertConfig", _SIZES),
+    "roberta": ("RobertaConfig", _SIZES | {"pad_token_id": 1}),
+    "xlm-roberta": ("XLMRobertaConfig", _SIZES | {"pad_token_id": 1, "type_vocab_size": 1}),
+    "camembert": ("CamembertConfig", _SIZES | {"pad_token_id": 1, "type_vocab_size": 1}),
+    "distilbert": (
+        "DistilBertConfig",
+        {"vocab_size": VOCABULARY, "dim": HIDDEN, "n_layers": LAYERS, "n_heads": HEADS,
+         "hidden_dim": 128, "max_position_embeddings": POSITIONS, "pad_token_id": 0},
+    ),
+    "mpnet": ("MPNetConfig", _SIZES | {"pad_token_id": 1}),
+    "modernbert": (
+        "ModernBertConfig",
+        _SIZES | {"num_hidden_layers": 4, "local_attention": 16, "bos_token_id": 1, "cls_token_id": 1,
+                  "eos_token_id": 2, "sep_token_id": 2},
+    ),
+    "deberta-v2": (
+        "DebertaV2Config",
+        _SIZES | {"position_buckets": 32, "relative_attention": True, "norm_rel_ebd": "layer_norm",
+                  "share_att_key": True, "pos_att_type": ["p2c", "c2p"],
+                  "position_biased_input": False, "type_vocab_size": 0},
+    ),
+    "nomic_bert": ("NomicBertConfig", _SIZES | {"head_dim": HIDDEN // HEADS}),
+    "gte": ("GteConfig", _SIZES | {"pad_token_id": 0}),
+    "qwen3": ("Qwen3Config", _DECODER),
+    "gemma3_text": (
+        "Gemma3TextConfig",
+        _DECODER | {"num_hidden_layers": 6, "sliding_window": 32, "query_pre_attn_scalar": 16,
+                    "use_bidirectional_attention": True, "eos_token_id": 1, "bos_token_id": 2},
+    ),
+}  # fmt: skip
+"""Row -> configuration class of transformers, and what is not its default."""
+
+
+def texts() -> list[str]:
+    """Short, four of equal length, one of each other length, three that are cut at the limit."""
+
+    def some(count: int, start: int) -> str:
+        return " ".join(WORDS[(start + 7 * i) % len(WORDS)] for i in range(count))
+
+    equal = [some(12, start) for start in (3, 40, 90, 150)]
+    long = [some(LIMIT + 20, start) for start in (11, 60, 130)]
+    return [some(1, 5), some(5, 70), *equal, some(30, 20), *long]
+
+
+def build(name: str, folder: Path, pooling: str = "mean", **changes: Any) -> Path:
+    """Write a model of one row, with sentence-transformers' files of before 5.4.
+
+    Args: changes: of the configuration, as transformers takes it.
+    """
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    class_name, said = MODELS[name]
+    config = getattr(transformers, class_name)(**{**said, **changes})
+    torch.manual_seed(7)
+    model = transformers.AutoModel.from_config(config).float().eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            _fill(torch, parameter_name, parameter)
+    model.save_pretrained(folder)
+    dress(folder, pooling)
+    return folder
+
+
+def _fill(torch: Any, name: str, parameter: Any) -> None:
+    if "norm" in name.lower() or "_ln" in name:
+        if name.endswith("bias"):
+            parameter.copy_(0.1 * torch.randn_like(parameter))
+        else:
+            # Gemma's norms multiply by 1 + weight.
+            base = 0.0 if parameter.abs().max() == 0 else 1.0
+            parameter.copy_(base + 0.15 * torch.randn_like(parameter))
+    elif "embed" in name:
+        parameter.copy_(torch.randn_like(parameter))
+    elif name.endswith("bias"):
+        parameter.copy_(0.2 * torch.randn_like(parameter))
+    elif parameter.dim() > 1:
+        parameter.copy_(torch.randn_like(parameter) * 1.6 / parameter.shape[-1] ** 0.5)
+
+
+def dress(folder: Path, pooling: str = "mean", limit: int = LIMIT) -> None:
+    """The files around config.json and the weights."""
+    keys = {"cls": "cls_token", "mean": "mean_tokens", "last-token": "lasttoken"}
+    modes = {f"pooling_mode_{end}": mode == pooling for mode, end in keys.items()}
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    write(folder / "modules.json", [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(kinds.items())
+    ])  # fmt: skip
+    write(folder / "1_Pooling/config.json", {"word_embedding_dimension": HIDDEN, **modes})
+    write(folder / "sentence_bert_config.json", {"max_seq_length": limit, "do_lower_case": False})
+    write(folder / "tokenizer.json", tokenizer())
+
+
+def write(path: Path, content: object) -> None:
+    """A JSON file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1))
+
+
+def tokenizer() -> dict[str, Any]:
+    """One token per word, [CLS] before and [SEP] after them."""
+    ids = {token: i for i, token in enumerate((*SPECIAL, *WORDS))}
+    special = {t: {"id": t, "ids": [ids[t]], "tokens": [t]} for t in ("[CLS]", "[SEP]")}
+    cls, sep = ({"SpecialToken": {"id": token, "type_id": 0}} for token in special)
+    text, other = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": ids[token], "content": token, "single_word": False, "lstrip": False,
+             "rstrip": False, "normalized": False, "special": True}
+            for token in SPECIAL
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": {"type": "TemplateProcessing", "single": [cls, text, sep],
+                           "pair": [cls, text, sep, other, sep], "special_tokens": special},
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": ids, "unk_token": "[UNK]"},
+    }  # fmt: skip
+
+
+def tokens(text: str, limit: int = LIMIT) -> list[int]:
+    """As that tokenizer makes them, cut at the limit."""
+    ids = {token: i for i, token in enumerate((*SPECIAL, *WORDS))}
+    words = [ids[word] for word in text.split()][: limit - 2]
+    return [ids["[CLS]"], *words, ids["[SEP]"]]
+
+
+def vectors(folder: Path, pooling: str = "mean", limit: int = LIMIT) -> list[list[float]]:
+    """What the model means: transformers in float32, one text at a time, pooled and normalized."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    found = []
+    with torch.no_grad():
+        for text in texts():
+            ids = torch.tensor([tokens(text, limit)])
+            states = model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
+            pooled = {"cls": states[0], "mean": states.mean(0), "last-token": states[-1]}[pooling]
+            found.append(torch.nn.functional.normalize(pooled, dim=0).tolist())
+    return found
+
+
+def worst(left: Sequence[Sequence[float]], right: Sequence[Sequence[float]]) -> float:
+    """The smallest cosine of two lists of vectors, pair by pair; -1 where their lengths differ."""
+    if len(left) != len(right) or any(len(a) != len(b) for a, b in zip(left, right, strict=True)):
+        return -1.0
+
+    def cosine(a: Sequence[float], b: Sequence[float]) -> float:
+        if any(x is None for x in (*a, *b)):
+            return -1.0
+        product = sum(x * y for x, y in zip(a, b, strict=True))
+        lengths = sum(x * x for x in a) ** 0.5 * sum(y * y for y in b) ** 0.5
+        return product / lengths if lengths else -1.0
+
+    return min(cosine(a, b) for a, b in zip(left, right, strict=True))
