@@ -397,6 +397,9 @@ def limited(pin: Pin, given: Mapping[str, Any]) -> Pin:
     hardware = replace(gpu, dtype=serving_dtype(pin.facts, gpu))
     edited = bool(edits(given))
     tokens = compatibility.served_tokens(pin.facts, hardware, edited=edited)
+    answered = int(given.get("longest_input") or 0)
+    if answered and position_table_bytes(pin.facts, gpu):
+        tokens = min(answered, tokens or answered)
     if tokens is None:
         return pin
     why = (
@@ -572,12 +575,16 @@ def tei_resources(facts: Facts, gpu: Accelerator, memory: Memory, workers: int) 
         parts.append(f"{_mib(_CUDA_BYTES)} MiB for CUDA on the host")
     passing = 0
     if not gpu.is_gpu:
-        needed += memory.weights + max(memory.activations, _stored_bytes(facts))
+        needed += memory.weights + max(memory.activations, _stored_bytes(facts)) + memory.overhead
         parts.append(
             f"{_mib(memory.weights)} MiB of weights in {serving_dtype(facts, gpu)}, "
             f"{_mib(memory.activations)} MiB for one full batch or, if more, "
             f"{_mib(_stored_bytes(facts))} MiB of the file that they are read from"
         )
+        if memory.overhead:
+            parts.append(
+                f"{_mib(memory.overhead)} MiB for TEI's table of positions while it starts"
+            )
     elif gpu.unified_memory:
         needed += memory.total
         parts.append(
@@ -770,7 +777,7 @@ def _flags(
     yield Flag(
         "--auto-truncate",
         "true",
-        "A too long input is cut, not refused; clients may ask for an error with truncate=false",
+        "A too long input is cut, not refused; clients of /embed may ask for an error with truncate=false",
     )
     task = (pin.conversion or {}).get("task")
     if task and facts.prompts:

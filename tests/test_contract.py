@@ -324,7 +324,12 @@ def test_a_prefix_space_and_lower_case_are_written_and_left_sides_told():
     assert any("truncation_side" in message for message in messages)
 
 
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+BYTE_LEVEL = {
+    "type": "ByteLevel",
+    "add_prefix_space": False,
+    "trim_offsets": True,
+    "use_regex": True,
+}
 
 
 @pytest.mark.parametrize("processor", [None, BYTE_LEVEL, "template"])
@@ -435,6 +440,7 @@ def test_the_table_was_verified_with_the_default_tei():
     noted = json.loads(program.RESULT.read_text())
     assert noted["commit"] == contract.table()["commit"] == real_tei.commit()
     assert set(noted["rows"]) == set(tiny.MODELS)
+    assert f"{program.BEGIN}\n{program.markdown()}\n{program.END}" in program.DOCUMENT.read_text()
 
 
 def test_every_row_has_a_source():
@@ -443,11 +449,29 @@ def test_every_row_has_a_source():
             assert said["source"].split()[0] in ("run", "read"), key
 
 
+NEEDS_REFERENCE = pytest.mark.skipif(
+    importlib.util.find_spec("sentence_transformers") is None,
+    reason="sentence-transformers is not installed: make .venv/.reference",
+)
+
+
+@pytest.mark.reference
+@pytest.mark.skipif(real_tei.router(edited=True) is None, reason=real_tei.LEFT_OUT)
+@NEEDS_REFERENCE
+@pytest.mark.parametrize("name", ["modernbert", "nomic_bert", "gte", "gemma3_text"])
+def test_what_log_model_saves_today_is_served_rightly(name, tmp_path):
+    """From sentence-transformers' own files to the real TEI's vectors, through model-fetch's rules."""
+    saved = tmp_path / "saved"
+    expected = tiny.saved_again(tiny.build(name, tmp_path / "first"), saved)
+    served = program.repaired(saved, "mean", edited=True)
+    found = program.Program(edited=True).vectors(served, "mean")
+    assert tiny.worst(found["alone"], expected) > program.RIGHT
+    assert found["batches"] > program.ALONE
+
+
 @pytest.mark.reference
 @pytest.mark.skipif(real_tei.router() is None, reason=real_tei.LEFT_OUT)
-@pytest.mark.skipif(
-    importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
-)
+@NEEDS_REFERENCE
 def test_the_table_is_right_on_the_real_tei(capsys):
     code = program.main(["--quick"])
     said = capsys.readouterr().out
@@ -459,8 +483,8 @@ def test_a_fault_is_seen(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     folder = tiny.build("bert", tmp_path / "model")
     wrong = SimpleNamespace(
-        edited=True, vectors=lambda *_: {"alone": [[1.0] * 64] * 9, "batches": 1.0}
+        edited=True, worst={}, vectors=lambda *_: {"alone": [[1.0] * 64] * 9, "batches": 1.0}
     )
-    found = list(program._compare("as saved", folder, "mean", wrong))
+    found = list(program._compare("bert", "as saved", folder, "mean", wrong))
     assert "not the model's vectors" in found[0][1]
     assert isinstance(Path(folder), Path)

@@ -36,7 +36,9 @@ CPU = accelerator.for_name("cpu")
 RIGHT, ALONE = 0.9999, 0.99999
 """Cosines: to transformers' own vectors, and of a text alone to the same text in a batch."""
 
-RESULT = Path(__file__).parents[2] / "extensions/data/contract_verified.json"
+ROOT = Path(__file__).parents[2]
+RESULT, DOCUMENT = ROOT / "tests/contract/verified.json", ROOT / "docs/models.md"
+BEGIN, END = "<!-- make contract: begin -->", "<!-- make contract: end -->"
 PREFIXES = (
     "",
     "model.",
@@ -67,6 +69,8 @@ class Program:
         found = real_tei.router(edited)
         assert found, real_tei.LEFT_OUT
         self.path, self.starts = found, 0
+        self.worst: dict[str, float] = {}
+        """Row -> smallest cosine to transformers of all that the rules serve."""
 
     def vectors(self, folder: Path, pooling: str, dtype: str = "float32") -> dict[str, Any]:
         """Of all texts: alone, and the same out of batches. Raises: real_tei.NotServing."""
@@ -161,13 +165,15 @@ def _checks(
 ) -> Iterator[tuple[str, str]]:
     pooling = "mean"
     base = tiny.build(name, place / "base", pooling)
-    yield from _compare("as transformers saves it", base, pooling, program)
+    yield from _compare(name, "as transformers saves it", base, pooling, program)
     masked = row.mask is None or program.edited
     for mode in POOLINGS:
         folder = _copy(base, place / f"pooling-{mode}")
         tiny.dress(folder, mode)
         works = mode.replace("-", "") in row.pooling
-        yield from _compare(f"pooling {mode}", folder, mode, program, works if masked else None)
+        yield from _compare(
+            name, f"pooling {mode}", folder, mode, program, works if masked else None
+        )
     if program.edited and quick:
         return
     for change in CHANGES.get(name, [])[: 3 if quick else None]:
@@ -180,7 +186,7 @@ def _checks(
         if "is_causal" in change:  # which transformers reads and does not save
             config = json.loads((folder / "config.json").read_text())
             tiny.write(folder / "config.json", config | {"is_causal": change["is_causal"]})
-        yield from _compare(shown, folder, pooling, program)
+        yield from _compare(name, shown, folder, pooling, program)
         shutil.rmtree(folder)
     # Once, on the program that serves the row.
     if not quick and program.edited == (row.mask is not None):
@@ -199,6 +205,8 @@ def _keys(
         raw = _copy(served, place / "raw")
         config = json.loads((raw / "config.json").read_text())
         config.pop(key, None)
+        if key == "rope_theta":  # either is enough
+            config.pop("rope_parameters", None)
         tiny.write(raw / "config.json", config)
         try:
             program.vectors(raw, pooling)
@@ -210,7 +218,7 @@ def _keys(
             folder = _copy(base, place / "without")
             original.pop(key)
             tiny.write(folder / "config.json", original)
-            yield from _compare(f"without {key}, repaired", folder, pooling, program)
+            yield from _compare(row.name, f"without {key}, repaired", folder, pooling, program)
 
 
 def _names_and_types(
@@ -253,7 +261,12 @@ def _names_and_types(
 
 
 def _compare(
-    what: str, folder: Path, pooling: str, program: Program, works: bool | None = None
+    name: str,
+    what: str,
+    folder: Path,
+    pooling: str,
+    program: Program,
+    works: bool | None = None,
 ) -> Iterator[tuple[str, str]]:
     """One folder: served as the rules say, or refused; with what TEI then computes.
 
@@ -288,6 +301,7 @@ def _compare(
             wrong = "the table does not list it, and TEI computes it rightly"
     else:
         what = f"{what}: served; {result}"
+        program.worst[name] = min(worst, batches, program.worst.get(name, 1.0))
         wrong = "" if right else "served, and not the model's vectors"
     yield what, wrong
 
@@ -297,14 +311,63 @@ def _copy(source: Path, target: Path) -> Path:
     return Path(shutil.copytree(source, target))
 
 
+def markdown() -> str:
+    """The table of docs/models.md, from the contract and the noted run."""
+    noted = json.loads(RESULT.read_text())
+    head = ["architecture", "CPU", "GPU", "flash attention", "pooling", "tensors", "worst cosine"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, row in contract.architectures().items():
+        edit = dict.fromkeys(row.mask.paths, f", {row.mask.edit}") if row.mask else {}
+        paths = [
+            f"{row.paths[path]}{edit.get(path, '')}" if path in row.paths else "-"
+            for path in ("cpu", "gpu", "flash")
+        ]
+        worst = noted["rows"].get(name, {})
+        numbers = ", ".join(
+            f"{worst[key]:.7f} {key}" for key in ("plain", "edited") if key in worst
+        )
+        prefixes = ", ".join(f"`{prefix}`" if prefix else "none" for prefix in row.prefixes)
+        pooling = ", ".join(row.pooling)
+        lines.append(
+            f"| {name} | {' | '.join(paths)} | {pooling} | {prefixes} | {numbers or '-'} |"
+        )
+    what = f"TEI {noted['commit'][:12]} on a CPU, {noted['date']}, {noted['starts']} starts, no faults."
+    return "\n".join([*lines, "", what])
+
+
+def _write(programs: list[Program], rows: list[str]) -> None:
+    """Note the rows; those of an earlier run on the same commit stay."""
+    worst = {"edited" if p.edited else "plain": p.worst for p in programs}
+    noted = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    earlier = noted if noted.get("commit") == real_tei.commit() else {}
+    new = {
+        row: {kind: round(found[row], 7) for kind, found in worst.items() if row in found}
+        for row in rows
+    }
+    note = {
+        "commit": real_tei.commit(),
+        "date": date.today().isoformat(),
+        "starts": earlier.get("starts", 0) + sum(program.starts for program in programs),
+        "rows": dict(sorted((earlier.get("rows", {}) | new).items())),
+    }
+    tiny.write(RESULT, note)
+    text = DOCUMENT.read_text()
+    before, rest = text.split(BEGIN)
+    DOCUMENT.write_text(f"{before}{BEGIN}\n{markdown()}\n{END}{rest.split(END)[1]}")
+
+
 def main(arguments: list[str]) -> int:
     """Returns 1 where something differs from the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the base, poolings and a few keys")
-    parser.add_argument("--write", action="store_true", help="note the result for the tests")
+    parser.add_argument(
+        "--write", action="store_true", help="note the result, and in docs/models.md"
+    )
     parser.add_argument("rows", nargs="*", default=list(tiny.MODELS))
     given = parser.parse_args(arguments)
-    start, faults, starts = time.monotonic(), [], 0
+    start = time.monotonic()
+    faults: list[str] = []
+    programs: list[Program] = []
     for edited in (False, True):
         if real_tei.router(edited) is None:
             print(f"left out, {'with' if edited else 'without'} our edits: {real_tei.LEFT_OUT}")
@@ -313,19 +376,14 @@ def main(arguments: list[str]) -> int:
         print(f"# TEI {real_tei.commit()[:12]} {'with our edits' if edited else 'without edits'}")
         for name in given.rows:
             faults += verify(name, program, given.quick, lambda line: print(line, flush=True))
-        starts += program.starts
-    took = time.monotonic() - start
-    print(
-        f"\n{len(given.rows)} rows, {starts} starts of TEI, {took:.0f} s; faults: {len(faults) or 'none'}"
-    )
+        programs.append(program)
+    starts, took = sum(p.starts for p in programs), time.monotonic() - start
+    found = f"faults: {len(faults) or 'none'}"
+    print(f"\n{len(given.rows)} rows, {starts} starts of TEI, {took:.0f} s; {found}")
     for fault in faults:
         print(f"  {fault}")
-    if given.write and not faults and not given.quick:
-        note = {
-            "commit": real_tei.commit(), "date": date.today().isoformat(), "path": "cpu",
-            "rows": given.rows, "starts": starts,
-        }  # fmt: skip
-        tiny.write(RESULT, note)
+    if given.write and not faults and len(programs) == 2 and not given.quick:
+        _write(programs, given.rows)
     return 1 if faults else 0
 
 

@@ -177,6 +177,19 @@ def vectors(folder: Path, pooling: str = "mean", limit: int = LIMIT) -> list[lis
     return found
 
 
+def saved_again(folder: Path, target: Path) -> list[list[float]]:
+    """What mlflow.sentence_transformers.log_model saves of it today; returns the vectors it means."""
+    import sentence_transformers
+
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("cls", "pad", "sep", "unk", "mask")}
+    more = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": POSITIONS}
+    write(folder / "tokenizer_config.json", names | more)
+    sentence_transformers.SentenceTransformer(str(folder), device="cpu").save(str(target))
+    (target / "README.md").unlink()
+    model = sentence_transformers.SentenceTransformer(str(target), device="cpu")
+    return [model.encode(text, normalize_embeddings=True).tolist() for text in texts()]
+
+
 def worst(left: Sequence[Sequence[float]], right: Sequence[Sequence[float]]) -> float:
     """The smallest cosine of two lists of vectors, pair by pair; -1 where their lengths differ."""
     if len(left) != len(right) or any(len(a) != len(b) for a, b in zip(left, right, strict=True)):

@@ -25,7 +25,7 @@ def remarks(model_id: str, name: str) -> tuple[str, list[str]]:
     findings = compatibility.check(files(model_id), hardware, task=task)
     if refused := [f.message for f in findings if f.outcome == REFUSED]:
         return "refused", refused
-    answers = {"accelerator": name, "components": []}
+    answers = {"accelerator": name, "components": [], "replicas": "1"}
     if problem := sizing.problem(catalog.resolve(model_id, "latest"), answers):
         return "refused", [str(problem)]
     said = [f.message for f in findings if f.outcome in (FIXED, WARNED)]
