@@ -277,6 +277,9 @@ class Plan:
     model_fetch_image: Image
     smoke_image: Image
     egress: tuple[Egress, ...]
+    build_namespace: str
+    """Of the Job that builds TEI: it takes what no serving pod may, and a quota of its own."""
+
     api_paths: tuple[str, ...]
     """What is routed from outside."""
 
@@ -364,6 +367,7 @@ def plan(pin: Pin, given: Mapping[str, Any]) -> Plan:
         model_fetch_image=Image(f"{registry}-model-fetch", MODEL_FETCH_VERSION),
         smoke_image=Image(f"{registry}-smoke", SMOKE_VERSION),
         egress=tuple(destinations(pin, given)),
+        build_namespace=f"{given['namespace'][:57]}-build",  # 63 characters at most
         api_paths=edge.API_PATHS,
         ingress_annotations=edge.ingress_annotations(given, request),
     )

@@ -192,6 +192,8 @@ def test_jobs_beside_the_service_are_valid(cluster: Cluster, render: Render, pin
     here = namespace(cluster, "jobs")
     folder = render(program=False, model_id=MODEL, pin=pin_of(MODEL), namespace=here)
     cluster.done("apply", "--dry-run=server", "--validate=strict", "-k", folder / "smoke")
+    cluster.done("create", "namespace", f"{here}-build")  # not `restricted`: README of images/tei
+    cluster.done("apply", "--dry-run=server", "--validate=strict", "-k", folder / "k8s/build")
 
 
 @pytest.mark.parametrize("shape", ["defaults", "cpu-hpa", "gb10-hpa", "l4-keda"])

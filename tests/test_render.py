@@ -185,3 +185,15 @@ def test_every_question_has_a_help_that_asks_and_a_default() -> None:
         assert "default" in question, name
         hidden = name in ("pin", "answers_agree")
         assert hidden or re.search(r"\?( \(|$)", question["help"]), name
+
+
+def test_what_its_own_commands_leave_is_no_change(render: Render) -> None:
+    project = render(program=False)
+    for words in (["init", "-q"], ["add", "-A"]):
+        subprocess.run(["git", *words], cwd=project, check=True)
+    for left in (".env", "tei.spdx.json", "smoke/__pycache__/smoke.pyc"):
+        (project / left).parent.mkdir(exist_ok=True)
+        (project / left).touch()
+    status = ["git", "status", "--porcelain", "--untracked-files=all"]
+    said = subprocess.run(status, cwd=project, capture_output=True, text=True, check=True).stdout
+    assert all(line.startswith("A ") for line in said.splitlines())

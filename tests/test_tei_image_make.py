@@ -360,7 +360,9 @@ def test_the_cluster_is_not_asked_to_build_without_a_login_to_the_registry(
 
     assert done.returncode != 0
     assert "create it as images/tei/README.md says" in done.stderr
-    assert calls == ["kubectl --namespace text-embeddings get secret text-embeddings-registry"]
+    assert calls == [
+        "kubectl --namespace text-embeddings-build get secret text-embeddings-registry"
+    ]
 
 
 def test_the_cluster_gets_a_new_job(repository: Path) -> None:
@@ -368,7 +370,7 @@ def test_the_cluster_gets_a_new_job(repository: Path) -> None:
     done, calls = make(repository, "tei-image-in-cluster")
 
     assert done.returncode == 0, done.stderr
-    namespace = "kubectl --namespace text-embeddings"
+    namespace = "kubectl --namespace text-embeddings-build"
     assert [call.removesuffix(" DOCKER_BUILDKIT=") for call in calls] == [
         f"{namespace} get secret text-embeddings-registry",
         f"{namespace} delete job text-embeddings-tei-build --ignore-not-found",
