@@ -7,11 +7,10 @@ Works on any folder that can list itself and read a small file: a local one, or 
 
 from __future__ import annotations
 
-import json
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any, Protocol
 
 from . import contract, limits, module_rules, reading
@@ -34,6 +33,14 @@ _LONGEST_CONFIG = limits.ANSWER_BYTES
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _LONGEST_POINTER = 200
+_STORED_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
+}
+"""Of one number of each type of a safetensors file (safetensors 0.8.0, tensor.rs)."""
+
 _LONGEST_HEADER = 64 << 20
 _ADAPTERS = (
     "retrieval_query",
@@ -174,6 +181,7 @@ def inspect(folder: Folder, name: str) -> EmbeddingModel:
     Args: name: how errors call the model.
     Raises: UnsuitableModelError when TEI could not load it; says what is missing or wrong.
     """
+    folder = read = _Hashed(folder)
     root = _model_root(folder, name)
     found = _files(folder, root, name)
     configs: dict[str, Any] = {
@@ -197,14 +205,40 @@ def inspect(folder: Folder, name: str) -> EmbeddingModel:
             _no_pointer(folder.read(entry.path), f"{name}: {path}")
     digests = _digests(folder, root, found)
     files = tuple(
-        PinnedFile(path, entry.path, entry.size or 0, *digests.get(path, (None, None, None))[1:])
+        read.pinned(path, entry, *digests.get(path, (None, None, None))[1:])
         for path, entry in sorted(found.items())
     )
+    if not any(file.size for file in files if _is_weight(file.path)):
+        raise UnsuitableModelError(f"{name} has weights of 0 bytes: register it again.")
     revisions = {revision for revision, *_ in digests.values() if revision}
     header = _safetensors_header(folder, found.get("model.safetensors"))
     facts = _facts(config, configs, found, weights, header)
     revision = revisions.pop() if len(revisions) == 1 else None
     return EmbeddingModel(files, facts, configs, revision, _tensors(configs, weights, header))
+
+
+class _Hashed:
+    """A folder that remembers the digests of what was read of it, whole."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.entries, self.head = folder.entries, folder.head
+        self._read = folder.read
+        self._digests: dict[str, tuple[str, str]] = {}
+
+    def read(self, path: str) -> bytes:
+        data = self._read(path)
+        blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False)
+        self._digests[path] = hashlib.sha256(data).hexdigest(), blob.hexdigest()
+        return data
+
+    def pinned(
+        self, path: str, entry: Entry, sha256: str | None, blob_sha1: str | None
+    ) -> PinnedFile:
+        """The file with its digests: of what was read, else as somebody recorded them."""
+        if entry.path in self._digests:
+            sha256, blob = self._digests[entry.path]
+            blob_sha1 = blob_sha1 if blob_sha1 == blob else None
+        return PinnedFile(path, entry.path, entry.size or 0, sha256, blob_sha1)
 
 
 def weights_size(folder: Folder, name: str) -> int:
@@ -514,6 +548,42 @@ def _counted(header: Mapping[str, tuple[str, int]] | None) -> tuple[str, int] | 
     return (max(counts, key=lambda d: counts[d]), sum(counts.values())) if counts else None
 
 
+def _parsed_header(header: bytes) -> tuple[dict[str, tuple[str, int]], int]:
+    """(type, numbers) by name, and the bytes of data, as the format's own reader checks them.
+
+    (`Metadata::validate` of safetensors 0.8.0: from 0, without holes, shape times type is length.)
+    Raises: UnreadableError.
+    """
+    tensors: dict[str, tuple[str, int]] = {}
+    spans: list[tuple[int, int]] = []
+    for name, value in reading.mapping(
+        reading.document(header, "it", _LONGEST_HEADER), "it"
+    ).items():
+        if name == "__metadata__":
+            continue
+        tensor = reading.mapping(value, "a tensor")
+        dtype, numbers = reading.text(tensor.get("dtype"), "a type"), 1
+        for length in reading.items(tensor.get("shape"), "a shape"):
+            numbers = reading.count(numbers * reading.count(length, "a length"), "a shape")
+        offsets = [
+            reading.count(o, "an offset")
+            for o in reading.items(tensor.get("data_offsets"), "offsets")
+        ]
+        if len(offsets) != 2:
+            raise UnreadableError("offsets are not two")
+        begin, end = offsets
+        if end - begin != numbers * _STORED_BYTES.get(dtype, 0) and dtype in _STORED_BYTES:
+            raise UnreadableError("a tensor is not as long as its shape says")
+        tensors[name] = dtype, numbers
+        spans.append((begin, end))
+    at = 0
+    for begin, end in sorted(spans):
+        if begin != at or end < begin:
+            raise UnreadableError("tensors overlap, or leave a hole")
+        at = end
+    return tensors, at
+
+
 def _safetensors_header(folder: Folder, entry: Entry | None) -> dict[str, tuple[str, int]] | None:
     """(type, numbers) by name as the header of the weights says, where reading it is cheap."""
     start = folder.head(entry.path, 1 << 16) if entry else None
@@ -527,14 +597,12 @@ def _safetensors_header(folder: Folder, entry: Entry | None) -> dict[str, tuple[
     if len(start) < 8 + length:
         start = folder.head(entry.path, 8 + length) or b""
     try:
-        header = json.loads(start[8 : 8 + length])
-        header.pop("__metadata__", None)
-        tensors = {name: (str(t["dtype"]), prod(t["shape"])) for name, t in header.items()}
-        end = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        tensors, data = _parsed_header(start[8 : 8 + length])
+    except UnreadableError:
         raise UnsuitableModelError(
             f"{entry.path} is no safetensors file: its header is damaged; register it again."
         ) from None
+    end = 8 + length + data
     if end != entry.size:
         raise UnsuitableModelError(
             f"{entry.path} has {entry.size} bytes where its header says {end}: the registered copy "

@@ -108,12 +108,12 @@ def tracking_uri() -> str | None:
     return uri.rstrip("/")
 
 
-def workspace() -> str | None:
+def workspace(environ: Mapping[str, str] = os.environ) -> str | None:
     """MLFLOW_WORKSPACE: which of the server's workspaces is asked (MLflow 3.10 and newer).
 
     Raises: ConfigurationError when it is no name of one.
     """
-    name = os.environ.get("MLFLOW_WORKSPACE", "").strip()
+    name = environ.get("MLFLOW_WORKSPACE", "").strip()
     if name and not re.fullmatch(WORKSPACE, name):
         raise ConfigurationError("MLFLOW_WORKSPACE is not the name of a workspace: check it.")
     return name or None

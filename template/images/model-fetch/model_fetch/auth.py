@@ -51,6 +51,20 @@ class Credentials:
         return False
 
 
+class InWorkspace(Credentials):
+    """Credentials for one workspace of the server (MLflow 3.10 and newer): a 400 without its name."""
+
+    def __init__(self, credentials: Credentials, workspace: str) -> None:
+        self._credentials, self._workspace = credentials, workspace
+        self.advice = credentials.advice
+
+    def headers(self) -> dict[str, str]:
+        return {"X-MLFLOW-WORKSPACE": self._workspace, **self._credentials.headers()}
+
+    def renew(self, refused: Mapping[str, str], login: bool = True) -> bool:
+        return self._credentials.renew(refused, login)
+
+
 class Fixed(Credentials):
     """A user and password, or a token that somebody else keeps fresh."""
 

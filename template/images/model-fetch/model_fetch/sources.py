@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
-from . import auth
+from . import auth, registry
 from .addresses import BadAddress, checked, origin, origin_text, place
 from .console import Console
 from .embedding_model import PinnedFile
@@ -440,6 +440,8 @@ def candidates(pin: Pin, settings: Settings) -> Iterator[Source]:
     if parts.scheme in ("mlflow-artifacts", "http", "https", "s3"):
         trust = Trust(environ, insecure="MLFLOW_TRACKING_INSECURE_TLS")
         credentials = auth.from_environment(environ, trust, timeout)
+        if workspace := _workspace(pin, parts.scheme, folder, environ):
+            credentials = auth.InWorkspace(credentials, workspace)
         tracking = address(environ, "MLFLOW_TRACKING_URI")
     if parts.scheme == "mlflow-artifacts":
         if parts.netloc:
@@ -460,7 +462,7 @@ def candidates(pin: Pin, settings: Settings) -> Iterator[Source]:
     elif parts.scheme == "s3":
         if not parts.netloc:
             raise _no_artifact_uri("it has no bucket")
-        _, found, below = folder.partition(f"{pin.run_id}/artifacts/")
+        _, found, below = f"{folder}/".partition(f"{pin.run_id}/artifacts/")
         if tracking and pin.run_id and found:
             yield Presigned(tracking, pin, below, pin.run_id, credentials, trust, timeout)
         yield S3(parts.netloc, folder, pin, environ)
@@ -479,6 +481,12 @@ def _no_artifact_uri(reason: str) -> ConfigurationError:
     return ConfigurationError(
         f"the pin's artifact_uri is no address ({reason}): register the model again, or pin it again"
     )
+
+
+def _workspace(pin: Pin, scheme: str, folder: str, environ: Mapping[str, str]) -> str | None:
+    """The workspace that the pin or MLFLOW_WORKSPACE names, or the path of a proxied artifact."""
+    said = re.match(r"workspaces/([^/]+)/", folder) if scheme == "mlflow-artifacts" else None
+    return pin.workspace or registry.workspace(environ) or (said[1] if said else None)
 
 
 def choose(pin: Pin, settings: Settings, console: Console, stop: Stop) -> Source:
