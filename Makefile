@@ -43,6 +43,10 @@ PYTEST := MLFLOW_BIN=$(CURDIR)/$(BIN)/mlflow PATH="$(CURDIR)/$(BIN):$$PATH" $(BI
 test: $(INSTALLED) ## Run all tests, on real servers; says what it left out
 	$(PYTEST) $(PYTEST_ARGS)
 
+.PHONY: fuzz
+fuzz: $(INSTALLED) ## Try what every reader does with spoilt input, longer than the tests do (FUZZ_TRIES=20000)
+	FUZZ_TRIES=$(or $(FUZZ_TRIES),20000) $(PYTEST) tests/test_fuzz.py $(PYTEST_ARGS)
+
 .PHONY: test-all
 test-all: $(INSTALLED) $(VENV)/.reference ## The same, and the comparison with transformers and torch
 	$(PYTEST) $(PYTEST_ARGS)
