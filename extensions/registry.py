@@ -262,7 +262,8 @@ class Registry:
             raise NotFoundError(self._unknown(name))
         if selector == "latest":
             raise NotFoundError(f"{name} has no version in MLflow at {self.shown}: register one.")
-        raise NotFoundError(f"{name} has no {self._lacking(name, selector, known)}")
+        lacking = self._lacking(name, selector, mapping(known, "the registered model"))
+        raise NotFoundError(f"{name} has no {lacking}")
 
     def _lacking(self, name: str, selector: str, known: Mapping[str, Any]) -> str:
         if selector.startswith("@"):

@@ -144,6 +144,14 @@ def test_answers_of_other_types(served: Served, end: str, answer: Any) -> None:
     assert "answers, but not as MLflow does" in told or "no version number" in told
 
 
+@pytest.mark.parametrize("model", [True, [], "x", {"aliases": None}, {"aliases": ["x"]}])
+def test_a_registered_model_of_another_type(served: Served, model: Any) -> None:
+    """Found by `make fuzz`."""
+    served(at("registered-models/get", {"registered_model": model}))
+    with pytest.raises(TemplateError):
+        pin.resolve("acme-x", "@best")
+
+
 @pytest.mark.parametrize("rows", [[], [{"path": "elsewhere/x"}], [{"path": "../x"}]])
 @pytest.mark.parametrize("token", ["same", "new"])
 def test_pages_without_end(served: Served, rows: list[Any], token: str) -> None:
