@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from . import limits, reading
 from .addresses import BadAddress, joined, never_asked, origin, origin_text, place
-from .failures import ConfigurationError, UnreachableError
+from .failures import ConfigurationError, DeniedError, UnreachableError
 from .trust import NO_TLS, Trust, refused_certificate
 
 # Statuses that a later try may find gone (RFC 9110, RFC 6585).
@@ -88,6 +88,11 @@ def redirected(request: Request, status: int, location: str | None) -> Request |
     return replace(moved, headers=portable, own=False)
 
 
+def _lost_login(first: Request, last: Request) -> bool:
+    """Whether a redirect to another origin cost a request its credentials."""
+    return "Authorization" in first.headers and "Authorization" not in last.headers
+
+
 class _Clock(io.RawIOBase):
     """A connection's bytes until a deadline, however few come at a time; and no more than due."""
 
@@ -153,13 +158,19 @@ class Wire:
     def send(self, request: Request) -> Answer:
         """Sends a request and returns the response with its body unread.
 
-        Raises: ConnectionFailed when trying again may help, ConfigurationError, UnreachableError.
+        Raises: ConnectionFailed when trying again may help, ConfigurationError, UnreachableError,
+        DeniedError where a redirect led to a server that wants the credentials too.
         """
         first = request
         for _ in range(limits.REDIRECTS + 1):
             response = self._send(request)
             following = redirected(request, response.status, response.headers.get("Location"))
             if following is None:
+                if response.status == 401 and _lost_login(first, request):
+                    raise DeniedError(
+                        f"{origin_text(first.url)} leads to {origin_text(request.url)}, which gets "
+                        "no credentials that way: name that address in MLFLOW_TRACKING_URI"
+                    )
                 return response
             self.finish(response)
             request = following

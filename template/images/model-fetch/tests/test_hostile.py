@@ -131,6 +131,18 @@ def test_no_question_and_no_header_of_a_store_follows_one(
         assert "run1" not in str(asked)
 
 
+def test_a_login_that_a_redirect_cost_is_told(pod: Pod) -> None:
+    with answering(lambda asked: (401, {}, b"")) as strict:
+        to = elsewhere(strict)
+        moved = fetch(
+            pod,
+            lambda asked: (308, {"Location": to + asked.path}, b""),
+            env={"MLFLOW_TRACKING_TOKEN": TOKEN},
+        )
+    assert_failed(moved, pod, 4)
+    assert f"leads to {to}, which gets no credentials" in moved.last
+
+
 # No step from https to http
 
 
