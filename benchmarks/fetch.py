@@ -314,6 +314,35 @@ def s3_server(work: Path, models: Path) -> Iterator[str]:
         yield url
 
 
+@contextmanager
+def seaweedfs(work: Path, models: Path, weed: str) -> Iterator[str]:
+    """A real SeaweedFS with the single file in it, asked over S3 with keys."""
+    import boto3
+
+    names = ("master", "volume", "filer", "s3")
+    ports = {f"{name}.port{kind}": free_port() for name in names for kind in ("", ".grpc")}
+    url = f"http://127.0.0.1:{ports['s3.port']}"
+    folder = work / "seaweedfs"
+    folder.mkdir()
+    arguments = [
+        *(weed, "-logtostderr", "server", f"-dir={folder}", "-ip=127.0.0.1", "-filer", "-s3"),
+        *("-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false", "-volume.max=0"),
+        *(f"-{name}={port}" for name, port in ports.items()),
+    ]
+    with server(arguments, f"{url}/healthz", work / "seaweedfs.log", KEYS):
+        client = boto3.client(
+            "s3",
+            endpoint_url=url,
+            region_name="us-east-1",
+            aws_access_key_id=KEYS["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=KEYS["AWS_SECRET_ACCESS_KEY"],
+        )
+        client.create_bucket(Bucket=BUCKET)
+        for path in (models / "one").iterdir():
+            client.upload_file(str(path), BUCKET, f"one/{path.name}")
+        yield url
+
+
 # The methods
 
 BARE = """
@@ -467,6 +496,32 @@ class Bench:
             methods.insert(0, Method(KSERVE, command, kserve))
         return Case(title, size_of(self.models / "seven"), self.target, methods)
 
+    def real_store(self, title: str, url: str) -> Case:
+        """From SeaweedFS, beside what people copy from S3 with; the last row is SHA-256 alone."""
+        source, target = f"s3://{BUCKET}/one", str(self.target)
+        env = {**KEYS, "MLFLOW_S3_ENDPOINT_URL": url}
+        keys = (KEYS["AWS_ACCESS_KEY_ID"], KEYS["AWS_SECRET_ACCESS_KEY"])
+        remote = f":s3,provider=Other,endpoint='{url}',access_key_id={keys[0]}"
+        remote += f",secret_access_key={keys[1]}:{BUCKET}/one"
+        host = url.removeprefix("http://")
+        juicefs = f"minio://{':'.join(keys)}@{host}/{BUCKET}/one/"
+        digest = "import hashlib, sys; hashlib.file_digest(open(sys.argv[1], 'rb'), 'sha256')"
+        weights = max((self.models / "one").iterdir(), key=lambda path: path.stat().st_size)
+        methods = [
+            Method(RCLONE, ["rclone", "copy", remote, target], {"RCLONE_CONFIG": os.devnull}),
+            Method(
+                "aws s3 cp --recursive",
+                ["aws", "s3", "cp", "--quiet", "--recursive", source, target],
+                {**KEYS, "AWS_ENDPOINT_URL": url},
+            ),
+            Method("juicefs sync", [self.tools.juicefs, "--quiet", "sync", juicefs, f"{target}/"]),
+            self.ours(PLAIN, "one", source, "", "--digests", "pinned", "--no-sync", **env),
+            self.ours(HASHED, "one", source, "", "--no-sync", **env),
+            Method(SHA256, [sys.executable, "-c", digest, str(weights)]),
+        ]
+        found = [method for method in methods if shutil.which(method.command[0])]
+        return Case(title, size_of(self.models / "one"), self.target, found)
+
     def restarts(self, url: str, rounds: int) -> str:
         """The second start, and what a run fetches again after a kill at 90 %."""
         method = self.ours("", "one", "mlflow-artifacts:/one", url, "--no-sync")
@@ -496,6 +551,8 @@ class Bench:
 BARE_NAME = "four bare ranges, nothing checked"
 PLAIN = "model-fetch, no digest"
 HASHED = "model-fetch, SHA-256 of every byte"
+RCLONE = "rclone copy, four streams"
+SHA256 = "SHA-256 of the file alone, nothing fetched"
 SKINNY = "mlflow artifacts download (skinny)"
 FULL = "mlflow artifacts download (full)"
 KSERVE = "kserve-storage"
@@ -510,6 +567,10 @@ GOALS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
         ("SHA-256, times as long as cp and a digest", "≤ 0.8", HASHED, "cp, then SHA-256"),
     ),
     "MLflow": (("SHA-256, times as fast as skinny", "≥ 1.4", SKINNY, HASHED),),
+    "SeaweedFS": (
+        ("no digest, times as long as rclone", "≤ 1.0", PLAIN, RCLONE),
+        ("SHA-256, times as long as rclone", "≤ 1.2", HASHED, RCLONE),
+    ),
     "S3": (("SHA-256, times as fast as KServe", "> 1", KSERVE, HASHED),),
 }
 """(what, the goal, the method whose time is divided, the method that it is divided by)"""
@@ -556,6 +617,9 @@ def main() -> None:
     parser.add_argument("--full", help="`mlflow` of an environment with the full package")
     parser.add_argument("--skinny", help="`mlflow` of an environment with mlflow-skinny")
     parser.add_argument("--kserve", help="`python` of an environment with kserve-storage")
+    parser.add_argument("--weed", help="`weed`: also from a real SeaweedFS; rclone and aws in PATH")
+    parser.add_argument("--juicefs", default="juicefs", help="`juicefs`, for its sync")
+    parser.add_argument("--weed-only", action="store_true", help="from SeaweedFS, and no other")
     parser.add_argument("--work", type=Path, help="folder for source and target")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--slow-rounds", type=int, default=3, help="from MLflow and S3")
@@ -565,6 +629,14 @@ def main() -> None:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=tools.work)))
         bench = Bench(work, work / "models", tools)
         make_models(bench.models, tools.size)
+        if tools.weed:
+            url = stack.enter_context(seaweedfs(work, bench.models, tools.weed))
+            real = bench.real_store("One file of 1.5 GiB from SeaweedFS", url)
+            for _ in range(tools.rounds):
+                real.round()
+            print("\n".join([real.table(), ratios([real]), load()]))
+            if tools.weed_only:
+                return
         fast, tls = stack.enter_context(nginx(work, bench.models))
         cases = [
             bench.fast_store("One file of 1.5 GiB from nginx", "one", fast),
@@ -587,7 +659,11 @@ def main() -> None:
             for case in slow:
                 case.round()
     print("\n".join([*(case.table() for case in cases + slow), again, ratios(cases + slow)]))
-    print(f"Load average at the end: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores.")
+    print(load())
+
+
+def load() -> str:
+    return f"Load average at the end: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores.\n"
 
 
 if __name__ == "__main__":
