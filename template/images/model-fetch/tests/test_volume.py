@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import mmap
 import os
 import shutil
 import subprocess
@@ -17,6 +20,7 @@ from fetchkit.program import Pod, assert_failed, assert_ready
 from fetchkit.store import serve
 
 MIB = 1 << 20
+LARGE = 1_701_900_000 // 8 * 8  # bytes of weights
 
 
 @contextmanager
@@ -81,6 +85,37 @@ def test_a_read_only_volume_with_the_whole_version_is_enough(pod: Pod, model: Pi
         pod.link.unlink()
         assert_ready(pod.run(model, None), pod, model)
         pod.link.unlink()
+
+
+def test_a_model_of_1_7_gb_is_gone_on_with_after_a_kill(pod: Pod) -> None:
+    """Generated, and mostly zeros: what counts are its hundred chunks, on a real disk."""
+    if shutil.disk_usage(pod.folder).free < 4 * LARGE:
+        pytest.skip("there is no room for a model of 1.7 GB here")
+    small = embedding_model(weights=4096)
+    weights = mmap.mmap(-1, LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    entry = {"dtype": "F32", "shape": [(LARGE - 136) // 4], "data_offsets": [0, LARGE - 136]}
+    header = json.dumps({"embeddings.word_embeddings.weight": entry}).encode().ljust(128)
+    weights[:136] = len(header).to_bytes(8, "little") + header
+    for at in range(MIB, LARGE, 97 * MIB):
+        weights[at : at + 8] = at.to_bytes(8, "little")
+    files = {**small, "model.safetensors": weights}
+    large = PinnedModel(files, "mlflow-artifacts:/model")  # type: ignore[arg-type]
+    with serve(files) as store:  # type: ignore[arg-type]
+        first = pod.start(large, store.url, "--chunk-size", "16")
+        while store.sent < LARGE // 3 and first.poll() is None:
+            time.sleep(0.01)
+        first.kill()
+        first.communicate()
+        before = store.sent
+        run = pod.run(large, store.url, "--chunk-size", "16", timeout=240)
+        assert run.code == 0, run.log
+        assert store.sent - before < LARGE - LARGE // 3 + 5 * 16 * MIB
+    marker = json.loads((pod.version_folder() / ".model-fetch.json").read_text())
+    known = {file["path"]: file["sha256"] for file in marker["files"]}
+    assert known["model.safetensors"] == hashlib.sha256(weights).hexdigest()
+    verified = pod.run(large, None, "--verify", timeout=240)
+    assert verified.code == 0, verified.log
+    shutil.rmtree(pod.cache)
 
 
 def test_the_second_start_fetches_and_reads_nothing(pod: Pod, model: PinnedModel) -> None:
@@ -199,8 +234,6 @@ class TestPruning:
 
     def test_a_mapped_version_is_kept(self, pod: Pod, model: PinnedModel) -> None:
         """As TEI maps its weights."""
-        import mmap
-
         self.versions(pod, model, {"1": 900, "2": 900, "3": 0})
         with (
             (pod.version_folder("1") / "model.safetensors").open("rb") as stream,
