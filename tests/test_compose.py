@@ -91,14 +91,20 @@ def test_both_containers_are_hardened(rendered: Path) -> None:
         assert service["cap_drop"] == ["ALL"], name
         assert service["security_opt"] == ["no-new-privileges:true"], name
         assert service["tmpfs"][0].startswith("/tmp:size="), name
-        assert service["mem_limit"], name
+        assert service["mem_limit"] == service["memswap_limit"], name
+        assert service["logging"]["options"] == {"max-size": "20m", "max-file": "5"}, name
+        assert "cpus" not in service, name  # an engine refuses more than its machine has
         assert not {"privileged", "cap_add", "network_mode", "devices"} & service.keys(), name
 
 
 def test_tei_gets_the_flags_of_the_pod(rendered: Path) -> None:
     [container] = pod(rendered)["containers"]
     service = compose(rendered)["services"]["tei"]
-    assert service["command"] == container["args"]
+    link = "/model/BAAI-bge-base-en-v1.5/3"
+    assert service["command"] == [
+        f"--model-id={link}" if arg.startswith("--model-id=") else arg for arg in container["args"]
+    ]
+    assert f"--link={link}" in compose(rendered)["services"]["model-fetch"]["command"]
     assert f"{container['resources']['limits']['memory'][:-2]}m" == service["mem_limit"]
 
 
@@ -110,26 +116,175 @@ def test_tei_waits_for_the_model_and_cannot_change_it(rendered: Path) -> None:
     assert volumes["model"] == "/model:ro"
 
 
-def test_it_listens_on_this_machine_alone(rendered: Path) -> None:
+def test_it_listens_on_this_machine_alone_if_nothing_else_is_asked_for(rendered: Path) -> None:
     services = compose(rendered)["services"]
-    assert services["tei"]["ports"] == ["127.0.0.1:8355:8355"]
+    assert services["tei"]["ports"] == ["${BIND:-127.0.0.1}:${PORT:-8355}:8355"]
     assert "ports" not in services["model-fetch"]
 
 
-def test_it_is_healthy_when_health_answers_200(rendered: Path) -> None:
-    service = compose(rendered)["services"]["tei"]
-    kind, shell, option, script = service["healthcheck"]["test"]
+def test_it_is_healthy_by_what_waits_behind_no_batch(rendered: Path) -> None:
+    healthcheck = compose(rendered)["services"]["tei"]["healthcheck"]
+    kind, shell, option, script = healthcheck["test"]
     assert (kind, shell, option) == ("CMD", "bash", "-c")
+    assert "GET /metrics " in script
+    assert healthcheck["retries"] == 3  # what counts while it loads is start_period alone
     if not shutil.which("bash"):
         pytest.skip("bash is not installed")
     from tests.tei_stub.server import Stub, serving
 
-    for fault, code in (("", 0), ("health", 1)):
-        with serving(Stub(fault=fault)) as url:
-            here = script.replace("127.0.0.1/8355", url.removeprefix("http://").replace(":", "/"))
-            assert here != script
-            done = subprocess.run(["bash", "-c", here], timeout=20, capture_output=True)
-        assert (done.returncode != 0) == bool(code), fault
+    with serving(Stub(fault="health")) as url:  # its /health is not asked
+        here = script.replace("127.0.0.1/8355", url.removeprefix("http://").replace(":", "/"))
+        assert here != script
+        assert subprocess.run(["bash", "-c", here], timeout=20).returncode == 0
+    done = subprocess.run(["bash", "-c", here], timeout=20, capture_output=True)
+    assert done.returncode != 0  # nothing listens
+
+
+def test_the_server_changes_with_what_is_pinned_and_only_then(
+    render: Callable[..., Path], pin_of: Callable[..., dict[str, Any]]
+) -> None:
+    """Else the next crash changes the vectors: compose restarts what has changed in this file."""
+
+    def made(model_id: str, **changes: Any) -> tuple[dict[str, Any], str]:
+        pin = pin_of(model_id) | changes
+        services = compose(render(program=False, model_id=model_id, pin=pin))["services"]
+        link = next(a for a in services["model-fetch"]["command"] if a.startswith("--link="))
+        return services["tei"], link.removeprefix("--link=")
+
+    base, link = made(MODEL)
+    assert made(MODEL) == (base, link)
+    assert made(MODEL, revision="0" * 40) == (base, link)
+    others = [made(MODEL, version="4"), made("BAAI/bge-large-en-v1.5")]
+    for other, other_link in others:
+        assert other != base
+        assert other_link != link
+        assert f"--model-id={other_link}" in other["command"]
+    assert (
+        made(MODEL, version=None, files=[], run_id=None, artifact_uri=None)[1] == "/model/current"
+    )
+
+
+def test_two_tasks_of_a_version_do_not_share_a_link(
+    render: Callable[..., Path], pin_of: Callable[..., dict[str, Any]]
+) -> None:
+    model_id = "jinaai/jina-embeddings-v3"
+    links = set()
+    for task in ("retrieval.passage", "retrieval.query"):
+        project = render(
+            program=False,
+            **{"model_id": model_id, "pin": pin_of(model_id), "model_task": task},
+            accept_license=True,
+        )
+        command = compose(project)["services"]["tei"]["command"]
+        links |= {arg for arg in command if arg.startswith("--model-id=")}
+    assert len(links) == 2
+
+
+def test_tei_without_its_link_asks_nobody(rendered: Path) -> None:
+    assert (
+        compose(rendered)["services"]["tei"]["environment"]["HF_ENDPOINT"] == "http://127.0.0.1:9"
+    )
+
+
+def test_mlflow_on_this_machine_has_a_name_and_an_address_of_its_own(rendered: Path) -> None:
+    """MLFLOW_TRACKING_URI of the shell is the address for whoever renders."""
+    service = compose(rendered)["services"]["model-fetch"]
+    assert service["extra_hosts"] == ["host.docker.internal:host-gateway"]
+    assert service["environment"]["MLFLOW_TRACKING_URI"].startswith("${COMPOSE_MLFLOW_URI:-")
+    assert "--keep=1" in service["command"]
+
+
+def test_what_is_of_one_machine_is_not_committed(rendered: Path) -> None:
+    for name in (".env", "compose.override.yaml"):
+        (rendered / name).write_text("API_KEY=a-secret\n")
+    git = ["git", "-c", f"safe.directory={rendered}"]
+    subprocess.run([*git, "init", "--quiet"], cwd=rendered, check=True)
+    listed = subprocess.run(
+        [*git, "status", "--porcelain", "--untracked-files=all"],
+        cwd=rendered,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "compose.yaml" in listed.stdout
+    assert ".env" not in listed.stdout
+    assert "override" not in listed.stdout
+
+
+def test_systemd_takes_the_units(rendered: Path, tmp_path: Path) -> None:
+    units = tmp_path / "units"
+    units.mkdir()
+    done = subprocess.run(
+        ["bash", rendered / "service/service.sh", "write"],
+        env=os.environ | {"UNITS": str(units)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    written = sorted(units.iterdir())
+    assert len(written) == 3
+    for unit in written:
+        assert "@FOLDER@" not in unit.read_text()
+        # Of another package, which need not be here.
+        unit.write_text(unit.read_text().replace("Requires=docker.service\n", ""))
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("systemd-analyze is not installed (Debian: systemd)")
+    verified = subprocess.run(
+        ["systemd-analyze", "verify", *written], capture_output=True, text=True
+    )
+    assert verified.returncode == 0, verified.stderr
+    assert str(units) not in verified.stderr, verified.stderr
+    assert verified.stderr == ""
+
+
+PROGRAMS = {
+    "no compose": ({}, "There is no Docker Compose here"),
+    "an old podman-compose": (
+        {"podman-compose": 'echo "podman-compose version: 1.0.3"'},
+        "install 1.6.0 or newer",
+    ),
+    "no engine": (
+        {"docker": '[ "$1" = compose ] || exit 1'},
+        "docker does not answer",
+    ),
+    "no NVIDIA runtime": (
+        {"docker": 'case "$*" in "info --format"*) echo "{runc}" ;; esac'},
+        "nvidia-ctk runtime configure",
+    ),
+    "a half-written .env": (
+        {
+            "docker": 'case "$*" in "compose config"*) echo "unexpected character" >&2; exit 15 ;; esac'
+        },
+        "compose: unexpected character",
+    ),
+}
+
+
+@pytest.mark.parametrize("lacking", PROGRAMS)
+def test_what_is_missing_ends_it_in_one_line(
+    render: Callable[..., Path], tmp_path: Path, lacking: str
+) -> None:
+    programs, said = PROGRAMS[lacking]
+    project = render(program=False, accelerator="gb10")
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    for tool in ("bash", "sed", "tail", "grep", "dirname"):
+        found = shutil.which(tool)
+        assert found
+        (folder / tool).symlink_to(found)
+    done = subprocess.run(
+        ["bash", project / "scripts/one_machine.sh", "up"],
+        env={"PATH": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_credentials_come_from_the_shell_that_calls(rendered: Path) -> None:
