@@ -631,7 +631,7 @@ def main() -> None:
         make_models(bench.models, tools.size)
         if tools.weed:
             url = stack.enter_context(seaweedfs(work, bench.models, tools.weed))
-            real = bench.real_store("One file of 1.5 GiB from SeaweedFS", url)
+            real = bench.real_store(f"One file of {tools.size / MB:,.0f} MB from SeaweedFS", url)
             for _ in range(tools.rounds):
                 real.round()
             print("\n".join([real.table(), ratios([real]), load()]))
