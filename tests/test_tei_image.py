@@ -110,7 +110,9 @@ def test_every_variable_is_declared_where_it_is_used(
         known = {"PATH"} | environments.get(stage.base, set())
         inherited = set(known)
         for instruction, rest in stage.instructions:
-            own = set(re.findall(r"\b(\w+)=\"?\$\(", rest)) if instruction == "RUN" else set()
+            own = set()
+            if instruction == "RUN":
+                own = {*re.findall(r"\b(\w+)=\"?\$\(", rest), *re.findall(r"\bfor (\w+) in ", rest)}
             assert set(re.findall(r"\$\{(\w+)", rest)) <= known | own, rest
             if instruction == "ARG":
                 known.add(rest.partition("=")[0])
