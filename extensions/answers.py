@@ -266,6 +266,13 @@ def check_together(given: Mapping[str, Any], pin: Pin) -> None:
         raise UnsuitableModelError(f"pooling: {wrong}")
     if refused := sizing.problem(pin, given) or thinkube.problem(pin, given):
         raise refused
+    scaler = next((name for name in components if name.startswith("autoscaling-")), None)
+    if pin.version is None and (scaler or int(given["replicas"]) > 1):
+        raise ConfigurationError(
+            f"{f'components: {scaler}' if scaler else 'replicas'}: nothing is pinned, so several pods "
+            "would serve several versions: set MLFLOW_TRACKING_URI to pin one, or answer replicas=1 "
+            "and no autoscaling."
+        )
     if pin.facts.pooling is None and given["pooling"] == "auto":
         raise UnsuitableModelError(
             f"{pin.model_id} does not say how it pools, and TEI would guess: answer pooling=mean, "

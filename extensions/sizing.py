@@ -382,12 +382,6 @@ def problem(pin: Pin, given: Mapping[str, Any]) -> TemplateError | None:
             f"components: {scalers[0]} scales on te_queue_size, which only monitoring collects: "
             "add monitoring."
         )
-    if pin.version is None and (scalers or int(given["replicas"]) > 1):
-        return ConfigurationError(
-            f"{'components: ' + scalers[0] if scalers else 'replicas'}: nothing is pinned, so several "
-            "pods would serve several versions: set MLFLOW_TRACKING_URI to pin one, or answer "
-            "replicas=1 and no autoscaling."
-        )
     try:
         _batch_tokens(pin, accelerators.for_name(given["accelerator"]), given)
     except TemplateError as error:
