@@ -216,7 +216,11 @@ def server(command: list[str], ready: str, log: Path, env: Mapping[str, str]) ->
         yield
     finally:
         os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:  # SeaweedFS takes its time
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def certificate(work: Path) -> tuple[Path, Path]:
