@@ -215,8 +215,9 @@ def server(command: list[str], ready: str, log: Path, env: Mapping[str, str]) ->
                 time.sleep(0.2)
         yield
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
         try:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
             process.wait(5)
         except subprocess.TimeoutExpired:  # SeaweedFS takes its time
             os.killpg(process.pid, signal.SIGKILL)
