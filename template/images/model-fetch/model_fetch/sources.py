@@ -464,7 +464,9 @@ def candidates(pin: Pin, settings: Settings) -> Iterator[Source]:
             raise _no_artifact_uri("it has no bucket")
         _, found, below = f"{folder}/".partition(f"{pin.run_id}/artifacts/")
         if tracking and pin.run_id and found:
-            yield Presigned(tracking, pin, below, pin.run_id, credentials, trust, timeout)
+            yield Presigned(
+                tracking, pin, below.strip("/"), pin.run_id, credentials, trust, timeout
+            )
         yield S3(parts.netloc, folder, pin, environ)
     elif parts.scheme not in ("", "file"):
         yield ClientStore(uri)
