@@ -102,7 +102,7 @@ def reads_well(path: Path, project: Path) -> None:
     assert not re.search(r"\{%|%\}|\{#|\bundefined\b|\.jinja\b", text), name
     # Prometheus, Grafana and container engines have templates of their own.
     foreign = name.startswith("monitoring/") or "components/monitoring" in name
-    foreign = foreign or name == "scripts/images.py"
+    foreign = foreign or name.startswith("scripts/")
     assert foreign or not re.search(r"\{\{", text), name
     if path.suffix in (".yaml", ".yml"):
         list(yaml.safe_load_all(text))
@@ -115,6 +115,11 @@ def reads_well(path: Path, project: Path) -> None:
 def objects(project: Path) -> Path:
     """The folder of the Kubernetes objects: Thinkube writes k8s/ itself."""
     return project / ("deploy" if (project / "thinkube.yaml").exists() else "k8s")
+
+
+def usual(text: str) -> str:
+    """A text of compose.yaml as it is without variables."""
+    return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
 
 
 def agrees(project: Path, stored: dict[str, Any]) -> None:
@@ -131,7 +136,7 @@ def agrees(project: Path, stored: dict[str, Any]) -> None:
     images = {i["name"]: f"{i['newName']}:{i['newTag']}" for i in base["images"]}
     assert images["model-fetch"].startswith(f"{registry}/{name}-model-fetch:")
     assert compose["services"]["model-fetch"]["image"] == images["model-fetch"]
-    assert compose["services"]["tei"]["image"].split("@")[0] == images["tei"]
+    assert usual(compose["services"]["tei"]["image"]).split("@")[0] == images["tei"]
     built = {key: f"{row['name']}:{row['tag']}" for key, row in listed.items()}
     assert built["model-fetch"] == images["model-fetch"]
     assert built.get("tei", images["tei"]) == images["tei"]
@@ -140,12 +145,17 @@ def agrees(project: Path, stored: dict[str, Any]) -> None:
     (fetch,), (tei,) = pod["initContainers"], pod["containers"]
     assert "--pin=/etc/model/pin.json" in fetch["args"]
     assert "--model-id=/model/current" in tei["args"]
-    assert tei["args"] == compose["services"]["tei"]["command"]
+    # One machine keeps the link of each version, so that a server's own never moves.
+    link = f"/model/{stored['pin']['registered_model']}/{stored['pin']['version']}"
+    link += f"-{stored['model_task']}" if "conversion" in stored["pin"] else ""
+    command = compose["services"]["tei"]["command"]
+    assert f"--link={link}" in compose["services"]["model-fetch"]["command"]
+    assert command == [a.replace("/model/current", link) for a in tei["args"]]
     assert f"--served-model-name={stored['pin']['model_id']}" in tei["args"]
     assert tei["ports"] == [{"name": "http", "containerPort": 8355}]
     assert "--port=8355" in tei["args"]
     assert service["spec"]["ports"][0]["port"] == 8355
-    assert compose["services"]["tei"]["ports"] == ["127.0.0.1:8355:8355"]
+    assert [*map(usual, compose["services"]["tei"]["ports"])] == ["127.0.0.1:8355:8355"]
     assert kustomization["namespace"] == stored["namespace"]
     platform = compose["services"]["tei"]["platform"]
     assert pod["nodeSelector"]["kubernetes.io/arch"] == platform.removeprefix("linux/")

@@ -137,7 +137,7 @@ def main() -> int:
         server = ThreadingHTTPServer(("127.0.0.1", given.port), Page)
     except (OSError, OverflowError) as error:
         print(
-            f"playground: port {given.port} cannot be used ({reason(error)}): PORT=… takes another",
+            f"playground: port {given.port} cannot be used ({reason(error)}): PAGE_PORT=… takes another",
             file=sys.stderr,
         )
         return 1
