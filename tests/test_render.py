@@ -14,7 +14,7 @@ import pytest
 import yaml
 from copier.errors import UserMessageError
 
-from extensions import accelerator, catalog
+from extensions import accelerator, catalog, sizing
 from extensions.pin import Pin
 from tests import thinkube
 from tests.conftest import Render, pinned
@@ -58,7 +58,8 @@ def test_a_repository_agrees_with_itself(
 
     stored = yaml.safe_load((project / ".copier-answers.yml").read_text())
     assert stored["pin"] == pin
-    deployed = catalog.deployed(Pin.from_mapping(pin), "retrieval.passage").to_mapping()
+    deployed = catalog.deployed(Pin.from_mapping(pin), "retrieval.passage")
+    deployed = sizing.limited(deployed, stored).to_mapping()
     assert json.loads((objects(project) / "base/pin.json").read_text()) == deployed
     agrees(project, stored)
     if platform == "thinkube":
