@@ -21,7 +21,7 @@ import pytest
 import yaml
 from copier.errors import UserMessageError
 
-from extensions import accelerator, answers, catalog
+from extensions import accelerator, answers, catalog, sizing
 from extensions.errors import TemplateError
 from extensions.pin import Pin
 from tests.conftest import environment
@@ -127,7 +127,8 @@ def answers_of(row: dict[str, Any], pin_of: PinOf) -> dict[str, Any]:
 
 def deployed(given: dict[str, Any]) -> Pin:
     """The pin as the cluster gets it."""
-    return catalog.deployed(Pin.from_mapping(given["pin"]), DEFAULTS["model_task"])
+    pin = catalog.deployed(Pin.from_mapping(given["pin"]), DEFAULTS["model_task"])
+    return sizing.limited(pin, DEFAULTS | given)
 
 
 DEFAULTS = {
@@ -879,7 +880,6 @@ def test_images_are_pinned(every: list[Built]) -> None:
 
 
 def test_the_tags_are_the_versions_of_the_programs() -> None:
-    from extensions import sizing
 
     source = (ROOT / "template/images/model-fetch/model_fetch/__init__.py").read_text()
     assert f'__version__ = "{sizing.MODEL_FETCH_VERSION}"' in source

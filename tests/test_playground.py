@@ -51,7 +51,7 @@ def page(folder: Path, url: str) -> Iterator[str]:
     """`make playground`, as it is typed; yields the page's address."""
     port = free_port()
     server = subprocess.Popen(
-        ["make", "playground", f"URL={url}", f"PAGE_PORT={port}"],
+        ["make", "--no-print-directory", "playground", f"URL={url}", f"PAGE_PORT={port}"],
         cwd=folder,
         stdout=subprocess.PIPE,
         text=True,

@@ -115,7 +115,9 @@ def test_what_was_saved_anew_claims_no_commit(lookup: str) -> None:
     pin = pins.resolve("acme/checkpoint-run", "latest")
 
     assert pin.revision is None
-    assert all(file.sha256 is None and file.blob_sha1 is None for file in pin.files)
+    assert all(file.blob_sha1 is None for file in pin.files)
+    # What was read whole while rendering has a digest all the same; the weights have none.
+    assert {f.path for f in pin.files if f.sha256 is None} >= {"model.safetensors"}
 
 
 def test_selectors(

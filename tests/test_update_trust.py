@@ -113,7 +113,9 @@ def test_a_shallow_clone_knows_no_first_commit(
 
 
 def test_the_versions_that_run_are_those_that_are_tested() -> None:
-    tested = dict(re.findall(r'"([\w-]+)==([\d.]+)"', (ROOT / "pyproject.toml").read_text()))
+    tested = dict(
+        re.findall(r'"([\w-]+)(?:\[\w+\])?==([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    )
     run = dict(re.findall(r"([\w-]+)(?:==|@)([\d.]+)", program(PROGRAM).COPIER))
     assert run == {
         "copier-template-extensions": tested["copier-template-extensions"],

@@ -78,9 +78,9 @@ class Image:
             if words[:1] != ["COPY"] or any(word.startswith("--from") for word in words):
                 continue
             for word in [word for word in words[1:-1] if not word.startswith("--")]:
-                source = folder / word
-                files = source.rglob("*") if source.is_dir() else [source]
-                found |= {f for f in files if f.is_file() and "__pycache__" not in f.parts}
+                for source in folder.glob(word):
+                    files = source.rglob("*") if source.is_dir() else [source]
+                    found |= {f for f in files if f.is_file() and "__pycache__" not in f.parts}
         return sorted(found)
 
     @property
