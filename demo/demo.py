@@ -111,7 +111,8 @@ def serves(found: tei.Tei, project: Path, link: Path) -> None:
     with tei.serving(found, link, flags, seconds=120 if found.program else 1800) as server:
         say(f"it serves at {server.url} with {' '.join(flags)}")
         step(7, "Checking it with the repository's own checks")
-        run(["make", "--no-print-directory", "-C", str(project), "smoke", f"URL={server.url}"])
+        for check in ("smoke", "parity"):
+            run(["make", "--no-print-directory", "-C", str(project), check, f"URL={server.url}"])
         vectors = embed(server.url, TEXTS)
         numbers = "  ".join(f"{number:+.4f}" for number in vectors[0][:8])
         print(f"\n  {TEXTS[0]!r} is {len(vectors[0])} numbers:\n  {numbers}  …\n")
