@@ -31,6 +31,9 @@ Render = Callable[..., Path]
 
 os.environ["MLFLOW_LOGGING_LEVEL"] = "ERROR"
 os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
+# `make test` hands its own options down; a `make` that a test starts is to hear nothing of them.
+for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"):
+    os.environ.pop(name, None)
 
 
 def program(path: Path) -> ModuleType:
