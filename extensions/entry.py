@@ -256,11 +256,6 @@ class TextEmbeddings(Extension):
             every = answers.kustomize_components(answers.COMPONENTS, context["replicas"])
             return sorted(every - set(chosen_components(context)))
 
-        @pass_context
-        def objects_folder(context: Context) -> str:
-            """Where the Kubernetes objects are: Thinkube writes k8s/ itself."""
-            return "deploy" if context["platform"] == "thinkube" else "k8s"
-
         functions = {
             "answers_are_valid": answers_are_valid,
             "answers_agree": answers_agree,
@@ -281,7 +276,6 @@ class TextEmbeddings(Extension):
             "every_tei_edit": every_tei_edit,
             "usual_platform": usual_platform,
             "usual_thinkube_deployment": usual_thinkube_deployment,
-            "objects_folder": objects_folder,
             "listener": _module("edge").listener,
             "labels_of": _module("edge").split_pairs,
         }

@@ -183,6 +183,6 @@ def test_statistics_are_turned_off_whether_the_release_knows_them_or_not(
 ) -> None:
     assert tei.environment()["USAGE_STATS"] == "off"
     assert "USAGE_STATS=off" in (render_tei("cpu") / "images/tei/Dockerfile").read_text()
-    deployment = ROOT / "template/{{ objects_folder() }}/base/deployment.yaml.jinja"
+    deployment = ROOT / "template/{{objects_folder}}/base/deployment.yaml.jinja"
     for file in (deployment, ROOT / "template/compose.yaml.jinja"):
         assert "it.tei_environment.items()" in file.read_text()

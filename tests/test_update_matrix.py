@@ -153,7 +153,7 @@ def rendered(empty: Repository, python: str) -> Repository:
 
 def new_release(template: Path) -> None:
     """What releases do: change a line, add a file, remove one, ask something new."""
-    base = template / "template/{{ objects_folder() }}/base/deployment.yaml.jinja"
+    base = template / "template/{{objects_folder}}/base/deployment.yaml.jinja"
     change(base, MOUNTS_TOKEN, MOUNTS_TOKEN.replace("\n", " # NEW\n"))
     (template / "template/NEWS.md.jinja").write_text("Colour: {{ colour }}\n")
     (template / "template/smoke/Dockerfile").unlink()

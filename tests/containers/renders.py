@@ -21,7 +21,7 @@ def render_tei(tmp_path_factory: pytest.TempPathFactory) -> RenderTei:
     """`render_tei("gb10", **answers)`: what builds the images; the same answers once."""
     template = tmp_path_factory.mktemp("template-of-tei")
     shutil.copy(ROOT / "copier.yml", template)
-    parts = ("images/tei", "images/model-fetch", "smoke", "scripts", "{{ objects_folder() }}/build")
+    parts = ("images/tei", "images/model-fetch", "smoke", "scripts", "{{objects_folder}}/build")
     for folder in ("extensions", *(f"template/{part}" for part in parts)):
         shutil.copytree(ROOT / folder, template / folder)
     for file in ("images.mk.jinja", "images.json.jinja"):
