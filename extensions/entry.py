@@ -17,6 +17,7 @@ from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 from copier.errors import UserMessageError
 from jinja2 import Environment, Template, pass_context
@@ -221,6 +222,17 @@ class TextEmbeddings(Extension):
             """What pin.json says."""
             return pin_of(context).to_mapping()
 
+        @pass_context
+        def needs_mlflow_client(context: Context) -> bool:
+            """Whether model-fetch asks MLflow by its client: which version, or for the files.
+
+            Thinkube's pods are told their model by the gateway; model_fetch/sources.py has the ways.
+            """
+            pin = _module("pin").Pin.from_mapping(context["pin"])
+            own = ("", "file", "http", "https", "mlflow-artifacts", "s3")
+            asks = pin.version is None or context["platform"] == "thinkube"
+            return asks or urlsplit(pin.artifact_uri or "").scheme not in own
+
         def every_tei_edit() -> object:
             """The edits of TEI's sources that its image has unless they are turned off."""
             return _module("tei").every_edit()
@@ -273,6 +285,7 @@ class TextEmbeddings(Extension):
             "deployed_pin": deployed_pin,
             "plan": plan,
             "thinkube": thinkube,
+            "needs_mlflow_client": needs_mlflow_client,
             "every_tei_edit": every_tei_edit,
             "usual_platform": usual_platform,
             "usual_thinkube_deployment": usual_thinkube_deployment,

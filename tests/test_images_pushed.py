@@ -31,7 +31,7 @@ pytest_plugins = ["tests.containers.engine"]
 ROOT = Path(__file__).parent.parent
 DOCKERFILES = {
     "images/tei": "FROM scratch\nCOPY patches /patches\n",
-    "images/model-fetch": "FROM scratch\nCOPY requirements.txt /\nCOPY model_fetch /app/model_fetch\n",
+    "images/model-fetch": "FROM scratch\nCOPY requirements*.txt /\nCOPY model_fetch /app/model_fetch\n",
     "smoke": "FROM scratch\nCOPY smoke.py /\n",
 }
 MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"

@@ -68,8 +68,8 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def wheels(engine: Engine) -> Path:
     """The pinned dependencies, as files for the stand-in's Python."""
-    requirements = SOURCES / "requirements.txt"
-    name = hashlib.sha256(requirements.read_bytes()).hexdigest()[:12]
+    requirements = sorted(SOURCES.glob("requirements*.txt"))
+    name = hashlib.sha256(b"".join(r.read_bytes() for r in requirements)).hexdigest()[:12]
     folder = engine.store / f"wheels-{name}"
     if not folder.exists():
         part = folder.with_name(folder.name + ".part")
@@ -78,7 +78,8 @@ def wheels(engine: Engine) -> Path:
             [
                 *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"),
                 *("--only-binary=:all:", f"--python-version={PYTHON}", "--implementation=cp"),
-                *("--require-hashes", "--requirement", str(requirements), "--dest", str(part)),
+                *("--require-hashes", "--dest", str(part)),
+                *(f"--requirement={file}" for file in requirements),
             ],
             text=True,
             capture_output=True,

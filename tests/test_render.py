@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,7 @@ def test_every_question_has_a_help_that_asks_and_a_default() -> None:
     for name, question in questions.items():
         assert set(question) <= known, name
         assert "default" in question, name
-        hidden = name in ("pin", "answers_agree")
+        hidden = name in ("pin", "objects_folder", "answers_agree")
         assert hidden or re.search(r"\?( \(|$)", question["help"]), name
 
 
@@ -208,3 +209,59 @@ def test_what_its_own_commands_leave_is_no_change(render: Render) -> None:
     status = ["git", "status", "--porcelain", "--untracked-files=all"]
     said = subprocess.run(status, cwd=project, capture_output=True, text=True, check=True).stdout
     assert all(line.startswith("A ") for line in said.splitlines())
+
+
+CONVERTS = {"model_fetch/jina.py", "model_fetch/jina_layouts.py", "requirements-numpy.txt"}
+CLIENT = {"requirements-mlflow.txt"}
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "answers", "expected"),
+    [
+        ("BAAI/bge-base-en-v1.5", {}, {}, set()),
+        ("Qwen/Qwen3-Embedding-0.6B", {"artifact_uri": "mlflow-artifacts:/1/a/artifacts/model"}, {}, set()),
+        ("BAAI/bge-base-en-v1.5", {"artifact_uri": "abfss://c@a.dfs.core.windows.net/m"}, {}, CLIENT),
+        ("BAAI/bge-base-en-v1.5", {"version": None, "files": []}, {}, CLIENT),
+        ("BAAI/bge-base-en-v1.5", {}, {"platform": "thinkube"}, CLIENT),
+        ("jinaai/jina-embeddings-v3", {}, {"accept_license": True}, CONVERTS),
+    ],
+)  # fmt: skip
+def test_model_fetch_has_what_its_model_and_store_need(
+    render: Render,
+    model: str,
+    changes: dict[str, Any],
+    answers: dict[str, Any],
+    expected: set[str],
+) -> None:
+    project = render(model_id=model, pin=pinned(model, **changes), **answers)
+
+    folder = project / "images/model-fetch"
+    assert {name for name in CONVERTS | CLIENT if (folder / name).exists()} == expected
+    # Every module that is there can be imported without those that are not.
+    modules = [f"model_fetch.{path.stem}" for path in (folder / "model_fetch").glob("[a-z]*.py")]
+    code = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", code, *modules], cwd=folder, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_pin_that_is_to_be_converted_by_a_program_that_cannot_is_refused_in_one_line(
+    render: Render, tmp_path: Path
+) -> None:
+    project = render(model_id="BAAI/bge-base-en-v1.5", pin=pinned("BAAI/bge-base-en-v1.5"))
+    (tmp_path / "model").mkdir()
+    code = (
+        "from pathlib import Path; from types import SimpleNamespace as N; import sys\n"
+        "from model_fetch import errors, prepare\n"
+        "pin = {'kind': 'jina-embeddings-v3', 'task': 'separation'}\n"
+        "try: prepare._convert(Path(sys.argv[1]), pin)\n"
+        "except errors.ConfigurationError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", code, str(tmp_path / "model")],
+        cwd=project / "images/model-fetch", text=True, capture_output=True,
+    )  # fmt: skip
+    assert done.stdout == (
+        "this image does not convert jina-embeddings-v3: render the repository for that model\n"
+    ), done.stderr

@@ -227,7 +227,7 @@ def check(project: Path, stored: dict[str, Any]) -> None:
         for line in (build / "Dockerfile").read_text().splitlines()
         if line.startswith("COPY ")
     ]
-    assert copied == ["model-fetch/requirements.txt", "model-fetch/model_fetch", "thinkube"]
+    assert copied == ["model-fetch/requirements*.txt", "model-fetch/model_fetch", "thinkube"]
     cluster = (project / "deploy/base/pin.json").read_text()
     assert (build / "thinkube/pin.json").read_text() == cluster
     settings = (build / "thinkube/settings.sh").read_text()

@@ -34,12 +34,13 @@ from .jina_layouts import (
     read_json,
     unfamiliar,
 )
+from .pin import JINA_V3
 from .tensors import StoredTensor
 
 if TYPE_CHECKING:
     import numpy
 
-KIND = "jina-embeddings-v3"
+KIND = JINA_V3
 """The name of this conversion in a pin."""
 
 TASK_INSTRUCTIONS = {

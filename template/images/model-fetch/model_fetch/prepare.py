@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import compatibility, jina, tensors
+from . import compatibility, tensors
 from .errors import ConfigurationError, UnsuitableModelError
-from .pin import Pin
+from .pin import JINA_V3, Pin
 from .reading import UnreadableError, document
 
 REVISION = 2
@@ -122,17 +122,23 @@ def _conversion(pin: Pin) -> Mapping[str, Any] | None:
         return None
     if (
         not isinstance(conversion, Mapping)
-        or conversion.get("kind") != jina.KIND
+        or conversion.get("kind") != JINA_V3
         or not isinstance(conversion.get("task"), str)
     ):
         raise ConfigurationError(
-            f"pin.conversion must be {{kind: {jina.KIND}, task: …}}: resolve the pin again."
+            f"pin.conversion must be {{kind: {JINA_V3}, task: …}}: resolve the pin again."
         )
     return conversion
 
 
 def _convert(folder: Path, conversion: Mapping[str, Any]) -> list[str]:
     """Put the converted model in the place of the fetched one."""
+    try:
+        from . import jina  # rendered for its model alone
+    except ImportError:
+        raise ConfigurationError(
+            f"this image does not convert {JINA_V3}: render the repository for that model"
+        ) from None
     converted = folder / _CONVERTED
     try:
         record = jina.convert(folder, conversion["task"], converted)
