@@ -13,10 +13,9 @@ from typing import Any
 
 import yaml
 
-from . import accelerator, compatibility, edge, sizing, thinkube
+from . import accelerator, compatibility, edge, sizing, tei, thinkube
 from .errors import ConfigurationError, UnsuitableModelError
 from .pin import Pin
-from .tei import edits
 
 _DNS_LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 _DNS_NAME = rf"{_DNS_LABEL}(\.{_DNS_LABEL})*"
@@ -239,6 +238,8 @@ def check_together(given: Mapping[str, Any], pin: Pin) -> None:
     image = (given["image_platform"], given["tei_image"], given["tei_ref"])
     if wrong := accelerator.problem(given["accelerator"], *image):
         raise ConfigurationError(wrong)
+    if given["tei_image"] == "build" and (wrong := tei.problem(given["tei_ref"])):
+        raise ConfigurationError(wrong)
     components = given["components"]
     if {"autoscaling-hpa", "autoscaling-keda"} <= set(components):
         raise ConfigurationError(
@@ -256,7 +257,7 @@ def check_together(given: Mapping[str, Any], pin: Pin) -> None:
     gpu = accelerator.for_name(given["accelerator"])
     hardware = replace(gpu, dtype=sizing.serving_dtype(pin.facts, gpu))
     findings = compatibility.check_hardware(
-        pin.facts.architecture, hardware, edited=bool(edits(given)), facts=pin.facts
+        pin.facts.architecture, hardware, edited=bool(tei.edits(given)), facts=pin.facts
     )
     if refused_there := compatibility.refusal(findings):
         raise UnsuitableModelError(f"{pin.model_id} on {gpu.title}: {refused_there}")

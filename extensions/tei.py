@@ -43,6 +43,31 @@ def release(commit: str) -> Mapping[str, Any] | None:
     return next((row for row in releases() if row["commit"] == commit), None)
 
 
+def flags() -> Mapping[str, str]:
+    """What TEI is given, and the release that first takes it."""
+    return {name: str(first) for name, first in _table()["flags"].items()}
+
+
+def problem(commit: str) -> str | None:
+    """Why the TEI at that commit does not take our flags, in one sentence; None where nothing is known."""
+    if (known := release(commit)) is None:
+        return None
+    late = {
+        name: first for name, first in flags().items() if _number(first) > _number(known["version"])
+    }
+    if not late:
+        return None
+    newest = max(late.values(), key=_number)
+    return (
+        f"tei_ref: {commit[:12]} is TEI {known['version']}, which does not take "
+        f"{' and '.join(sorted(late))} as given here: use {newest} or newer."
+    )
+
+
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in str(version).split("."))
+
+
 def environment() -> Mapping[str, str]:
     """Variables that every TEI is given, whether its release knows them or not."""
     return {name: row["value"] for name, row in _table()["environment"].items()}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from copier.errors import UserMessageError
 
 from extensions import tei
 from tests.containers.mirrors import anchors
@@ -162,14 +163,32 @@ def test_the_answer_turns_them_off(render_tei: RenderTei, answers: dict[str, obj
     assert "patches" not in (folder / "k8s/build/job.yaml").read_text()
 
 
-@pytest.mark.parametrize("release", tei.releases(), ids=lambda row: str(row["calls_itself"]))
-def test_every_known_release_can_be_built(
+RELEASES = [
+    pytest.param(release, id=f"{release['version']}-{release['commit'][:7]}")
+    for release in tei.releases()
+]
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_a_known_release_is_built_unless_it_does_not_take_our_flags(
     render_tei: RenderTei, release: dict[str, object]
 ) -> None:
+    if release["version"] in ("1.9.0", "1.9.1"):
+        with pytest.raises(UserMessageError, match="does not take --auto-truncate") as refused:
+            render_tei("gb10", tei_ref=release["commit"])
+        assert str(refused.value).endswith("use 1.9.2 or newer.")
+        return
     folder = render_tei("gb10", tei_ref=release["commit"]) / "images/tei"
 
     assert f"ARG TEI_REF={release['commit']}\n" in (folder / "Dockerfile").read_text()
     assert f"calls itself {release['calls_itself']}" in (folder / "README.md").read_text()
+
+
+def test_every_flag_has_the_release_that_first_takes_it() -> None:
+    given = set(re.findall(r'"(--[a-z-]+)"', (ROOT / "extensions/sizing.py").read_text()))
+
+    assert given == set(tei.flags())
+    assert tei.problem("0" * 40) is None
 
 
 def test_a_release_that_nobody_knows_is_said_to_be_unknown(render_tei: RenderTei) -> None:
