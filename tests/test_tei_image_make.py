@@ -253,6 +253,62 @@ def test_a_builder_that_fails_fails_make_in_one_line(repository: Path, target: s
     assert written(repository) == ""
 
 
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        # As cargo 1.95, git 2.39, docker 20.10, BuildKit and Buildah 1.28 say it.
+        ("error: no matching package named `small` found", "the index of crates lacks small"),
+        (
+            "error: failed to download from `http://127.0.0.1/dl/anyhow/1.0.75/download`",
+            "http://127.0.0.1/dl/anyhow/1.0.75/download cannot be downloaded",
+        ),
+        (
+            "fatal: remote error: access denied or repository not exported: /NVIDIA/cutlass.git",
+            "there is no git repository /NVIDIA/cutlass.git",
+        ),
+        (
+            "#9 1.25 fatal: repository 'https://git.example.com/no/such/' not found",
+            "there is no git repository https://git.example.com/no/such",
+        ),
+        (
+            "pull access denied for mirror/rust, repository does not exist or may require 'docker login'",
+            "the base image cannot be had, pull access denied for mirror/rust",
+        ),
+        (
+            "ERROR: failed to resolve source metadata for a.example/r:1: a.example/r:1: not found",
+            "the base image a.example/r:1 cannot be had",
+        ),
+        (
+            "Error: creating build container: initializing source docker://a.example/r:1: reading manifest 1",
+            "the base image a.example/r:1 cannot be had",
+        ),
+        ("write /src/target/x.rlib: no space left on device", "the builder's disk is full"),
+        ("(signal: 9, SIGKILL: kill)", "the machine ended it for want of memory"),
+        (
+            'TEI 0d124dc9773b wants Rust "1.92.0", not 1.0.0: set RUST_VERSION and RUST_IMAGE.',
+            'TEI 0d124dc9773b wants Rust "1.92.0", not 1.0.0: set RUST_VERSION and RUST_IMAGE',
+        ),
+        ("\x1b[91mpatches: queue: the anchor is not there", "queue: the anchor is not there"),
+        # The text of a step is no reason.
+        ('Step 9/67 : RUN echo "TEI ${TEI_REF} wants Rust x"', None),
+    ],
+)
+def test_why_a_build_failed_is_in_that_line(repository: Path, line: str, why: str | None) -> None:
+    install(repository, "podman")
+    podman = repository.parent / "bin/podman"
+    log = repository.parent / "log"
+    log.write_text(f"STEP 1\n{line}\nError: exit status 1\n")
+    podman.write_text(podman.read_text() + f"cat {log} >&2\nexit 1\n")
+    done, _ = make(repository, "tei-image")
+
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("images: ")]
+    assert (
+        said
+        == f"images: podman did not build tei{f': {why}' if why else '; the lines above say why'}."
+    )
+    assert line in done.stdout
+
+
 def test_a_push_without_a_digest_is_not_written(repository: Path) -> None:
     install(repository, "docker", image="registry.example.com/another")
     done, _ = make(repository, "tei-push")

@@ -28,6 +28,26 @@ ARCHITECTURES = {"x86_64": "amd64", "AMD64": "amd64", "aarch64": "arm64", "arm64
 CACHE_MOUNTS = "".join(
     f"--mount=type=cache,target=/usr/local/cargo/{folder} " for folder in ("registry", "git")
 )
+CAUSES = {
+    # The sentences of the Dockerfile and of patches/apply.pl: with a number where the file has a variable.
+    r"(This image is for \w+, the builder is \w+: .+)": "{}",
+    r"(\S+ \(through \S+\) serves TEI [0-9a-f]{7,}, not .+?)\.?$": "{}",
+    r"(TEI [0-9a-f]{7,} wants Rust .+?)\.?$": "{}",
+    r"(TEI needs [\w.+-]+, which the image lacks)": "{}",
+    r"^patches: (.+?)\.?$": "{}",
+    # cargo's and git's: what a mirror lacks.
+    r"no matching package named `(.+?)` found": "the index of crates lacks {}",
+    r"failed to download from `(.+?)`": "{} cannot be downloaded",
+    r"repository '(.+?)/?' not found": "there is no git repository {}",
+    r"repository not exported: (\S+)": "there is no git repository {}",
+    # The builders' own.
+    r"(pull access denied for [^\s,]+|manifest for \S+ not found)": "the base image cannot be had, {}",
+    r"(?:source metadata for|initializing source docker://)\s?(\S+?):? ": "the base image {} cannot be had",
+    r"no space left on device": "the builder's disk is full",
+    r"signal: 9, SIGKILL|[Ee]xit code: 137|non-zero code: 137": "the machine ended it for want of memory",
+}
+"""What the lines of a build that failed mean, where they are known."""
+
 HEADER = """\
 # The images that run, by digest: `make push` writes this file. One that is not here runs by its tag.
 apiVersion: kustomize.config.k8s.io/v1alpha1
@@ -167,9 +187,26 @@ class Builder:
                 "-",
                 image.folder,
             ]
-        done = subprocess.run(command, cwd=ROOT, env=environment, input=dockerfile, text=True)
-        if done.returncode:
-            raise Stop(f"{self.name} did not build {image.key}; the lines above say why")
+        why = None
+        with tempfile.TemporaryFile("w+") as file:
+            file.write(dockerfile or "")
+            file.seek(0)
+            with subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdin=file,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+            ) as running:
+                for line in running.stdout or ():
+                    print(line, end="", flush=True)
+                    why = cause(line) or why
+        if running.returncode:
+            why = f": {why}" if why else "; the lines above say why"
+            raise Stop(f"{self.name} did not build {image.key}{why}")
 
     def push(self, image: Image) -> str:
         """Push it under both its tags; returns the digest that the registry knows it by.
@@ -211,6 +248,15 @@ class Builder:
 
 def _quiet(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True)
+
+
+def cause(line: str) -> str | None:
+    """What a line of a build says of why it failed, if it is one that is known."""
+    plain = re.sub(r"\x1b\[[0-9;]*m|^#\d+ +[\d.]+ ", "", line).strip()
+    for pattern, sentence in CAUSES.items():
+        if found := re.search(pattern, plain):
+            return sentence.format(*found.groups())
+    return None
 
 
 _SETTINGS = json.loads((ROOT / "images/images.json").read_text())
