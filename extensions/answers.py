@@ -145,6 +145,15 @@ RULES: dict[str, Rule] = {
     ),
     "image_pull_secret": Rule("the name of a Secret, or empty for none", rf"({_DNS_NAME})?"),
     "ca_config_map": Rule("the name of a ConfigMap, or empty for none", rf"({_DNS_NAME})?"),
+    "proxy": Rule(
+        "the address of a proxy: use http://host:port without a login, or nothing",
+        rf"(http://{_DNS_NAME}{_PORT})?",
+        secret=True,
+    ),
+    "no_proxy": Rule(
+        "a list of hosts: separate them by commas, as in .svc,10.0.0.0/8",
+        r"([A-Za-z0-9.*:/_-]+(,[A-Za-z0-9.*:/_-]+)*)?",
+    ),
     "repository_url": Rule(
         "an address of files: use https://host/path, or nothing",
         rf"(https?://{_DNS_NAME}{_PORT}(/[A-Za-z0-9._~-]+)*/?)?",

@@ -13,6 +13,11 @@ from urllib.parse import urlsplit
 
 from .pin import Pin
 
+_IN_CLUSTER = "http://mlflow.mlflow.svc.cluster.local:5000"
+"""Assumed: a Service `mlflow` in a namespace of that name, at MLflow's own port."""
+
+_ONLY_HERE = {"0.0.0.0", "host.docker.internal", "host.containers.internal"}  # noqa: S104
+
 _STORE_PORTS = (80, 443, 8333, 9000)
 """HTTP, HTTPS, SeaweedFS and MinIO."""
 
@@ -32,17 +37,34 @@ class Egress:
     """Of the cluster. None: any address."""
 
 
-def destinations(pin: Pin, given: Mapping[str, Any]) -> Iterator[Egress]:
-    """What model-fetch reaches with these answers; an S3 store is known by its scheme alone."""
-    uri = urlsplit(given["mlflow_tracking_uri"])
-    port = uri.port or (443 if uri.scheme == "https" else 80)
+def usual_tracking_uri(rendering: str | None) -> str:
+    """Where pods find MLflow unless that is answered: where whoever renders finds it, if pods can, too.
+
+    Args: rendering: MLFLOW_TRACKING_URI; None where there is none. A name without a dot means
+    something else elsewhere.
+    """
+    host = urlsplit(rendering or "").hostname or ""
+    own = host == "localhost" or host.startswith("127.") or host in _ONLY_HERE
+    return rendering if rendering and "." in host and not own else _IN_CLUSTER
+
+
+def _server(name: str, address: str, own_namespace: str) -> Egress:
+    """A server, by its namespace where its name says that it is in the cluster."""
+    uri = urlsplit(address)
     labels = (uri.hostname or "").split(".")
     if len(labels) > 2 and labels[2] == "svc":
-        yield Egress("MLflow", (), labels[1])
-    elif len(labels) == 1:
-        yield Egress("MLflow", (), given["namespace"])
-    else:
-        yield Egress("MLflow, outside the cluster", (port,), None)
+        return Egress(name, (), labels[1])
+    if len(labels) == 1:
+        return Egress(name, (), own_namespace)
+    port = uri.port or (443 if uri.scheme == "https" else 80)
+    return Egress(f"{name}, outside the cluster", (port,), None)
+
+
+def destinations(pin: Pin, given: Mapping[str, Any]) -> Iterator[Egress]:
+    """What model-fetch reaches with these answers; an S3 store is known by its scheme alone."""
+    yield _server("MLflow", given["mlflow_tracking_uri"], given["namespace"])
+    if given.get("proxy"):
+        yield _server("the HTTP proxy", given["proxy"], given["namespace"])
     if given["mlflow_auth"] == "keycloak":
         yield Egress("Keycloak, for the login", _LOGIN_PORTS, None)
     # Also where MLflow proxies its artifacts: it may answer with a presigned address of its S3 store.

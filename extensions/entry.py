@@ -243,6 +243,14 @@ class TextEmbeddings(Extension):
             return _module("sizing").plan(pin_of(context), given_of(context))
 
         @pass_context
+        def usual_tracking_uri(context: Context) -> str:
+            """Default of `mlflow_tracking_uri`. Thinkube's own MLflow is in its cluster."""
+            uri = _module("registry").tracking_uri()
+            here = uri if context["platform"] == "kubernetes" else None
+            fits = here and not answers.problem("mlflow_tracking_uri", here)
+            return str(_module("egress").usual_tracking_uri(here if fits else None))
+
+        @pass_context
         def usual_platform(context: Context) -> str:
             """Default of `platform`."""
             return str(_module("thinkube").usual_platform(context))
@@ -288,6 +296,7 @@ class TextEmbeddings(Extension):
             "needs_mlflow_client": needs_mlflow_client,
             "every_tei_edit": every_tei_edit,
             "usual_platform": usual_platform,
+            "usual_tracking_uri": usual_tracking_uri,
             "usual_thinkube_deployment": usual_thinkube_deployment,
             "listener": _module("edge").listener,
             "labels_of": _module("edge").split_pairs,

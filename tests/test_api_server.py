@@ -44,6 +44,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "prometheus_labels": "release=kube-prometheus-stack",
         "ca_config_map": "company-ca",
         "image_pull_secret": "registry",
+        "proxy": "http://proxy.example.com:3128",
     },
     "gb10-hpa": {
         "components": [*ALL, "autoscaling-hpa"],
@@ -194,6 +195,77 @@ def test_jobs_beside_the_service_are_valid(cluster: Cluster, render: Render, pin
     cluster.done("apply", "--dry-run=server", "--validate=strict", "-k", folder / "smoke")
     cluster.done("create", "namespace", f"{here}-build")  # not `restricted`: README of images/tei
     cluster.done("apply", "--dry-run=server", "--validate=strict", "-k", folder / "k8s/build")
+
+
+def test_two_services_share_a_namespace(cluster: Cluster, render: Render, pin_of: PinOf) -> None:
+    """As queries and passages of one model do: nothing of one is the other's."""
+    here = namespace(cluster, "shared")
+    given = SHAPES["l4-keda"] | {"model_id": MODEL, "pin": pin_of(MODEL), "namespace": here}
+    names = ("queries", "passages")
+    first, second = (render(program=False, project_name=name, **given) for name in names)
+    for folder in (first, second):
+        for part in ("k8s", "smoke"):
+            assert set(outcomes(cluster.done("apply", "-k", folder / part)).values()) == {"created"}
+    assert cluster.done("diff", "-k", first / "k8s") == ""
+    for part in ("k8s", "smoke"):
+        cluster.done("delete", "--wait=false", "-k", first / part)
+    assert cluster.done("diff", "-k", second / "k8s") == ""
+    assert cluster.done("diff", "-k", second / "smoke") == ""
+
+
+def test_what_keeps_the_build_from_starting_is_said(cluster: Cluster) -> None:
+    here, started = "no-builds", ROOT / "template/{{objects_folder}}/build/started.sh"
+    cluster.done("create", "namespace", here)
+    job = {"name": "e5-tei-build", "namespace": here}
+
+    def event(kind: str, name: str, reason: str, message: str) -> None:
+        given = {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {"name": f"{name}.{reason.lower()}", "namespace": here},
+            "involvedObject": {"kind": kind, "name": name, "namespace": here},
+            "reason": reason,
+            "message": message,
+            "type": "Warning",
+            "lastTimestamp": "2026-11-28T19:00:00Z",
+        }
+        cluster.done("create", "-f", "-", text=json.dumps(given))
+
+    def said() -> tuple[int, str]:
+        done = subprocess.run(
+            ["sh", started, here, job["name"]],
+            env=os.environ | {"KUBECONFIG": str(cluster.config("admin")), "JOB_POLL_SECONDS": "0"},
+            capture_output=True,
+            text=True,
+        )
+        return done.returncode, done.stderr
+
+    event("Job", job["name"], "FailedCreate", 'violates PodSecurity "restricted"')
+    code, text = said()
+    assert code == 1
+    assert 'FailedCreate: violates PodSecurity "restricted"' in text
+
+    pod = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "a-pod", "namespace": here, "labels": {"job-name": job["name"]}},
+        "spec": {
+            "automountServiceAccountToken": False,
+            "containers": [{"name": "buildkit", "image": "buildkit"}],
+        },
+    }
+    account = {"apiVersion": "v1", "kind": "ServiceAccount"}  # a controller would make it
+    account["metadata"] = {"name": "default", "namespace": here}  # type: ignore[assignment]
+    cluster.done("create", "-f", "-", text=json.dumps(account))
+    cluster.done("create", "-f", "-", text=json.dumps(pod))
+    event("Pod", "a-pod", "Pulling", "Pulling image")
+    code, text = said()
+    assert code == 0
+    assert "Pulling: Pulling image" in text
+
+    running = ("patch", "pod", "a-pod", "--subresource=status", "--type=merge")
+    cluster.done("--namespace", here, *running, "--patch", '{"status": {"phase": "Running"}}')
+    assert said() == (0, "")
 
 
 @pytest.mark.parametrize("shape", ["defaults", "cpu-hpa", "gb10-hpa", "l4-keda"])

@@ -62,6 +62,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "prometheus": (("monitoring", ""), ("observability", "release=kube-prometheus-stack team=1")),
     "image_pull_secret": ("", "registry"),
     "ca_config_map": ("", "company-ca"),
+    "proxy": ("", "http://proxy.example.com:3128", "http://squid.egress.svc:3128"),
     "registry": ("answered", "was not at hand"),
     "names": (("text-embeddings", "text-embeddings"), ("no", "2024-01-01")),
 }
@@ -678,6 +679,8 @@ def test_the_network_policy_opens_what_is_needed_and_nothing_else(every: list[Bu
             wanted = {53, 5353}
             if "example.com" in built.answers["mlflow_tracking_uri"]:
                 wanted |= {443}
+            if "example.com" in built.answers["proxy"]:
+                wanted |= {3128}
             if built.answers["mlflow_auth"] == "keycloak":
                 wanted |= {80, 443, 8080, 8443}
             if built.row["model_storage"] != "mount":
@@ -685,7 +688,12 @@ def test_the_network_policy_opens_what_is_needed_and_nothing_else(every: list[Bu
             if anywhere != wanted:
                 yield f"egress to {anywhere}, not {wanted}"
             inside = [rule for rule in spec["egress"] if "to" in rule]
-            if len(inside) != ("example.com" not in built.answers["mlflow_tracking_uri"]):
+            near = [
+                built.answers[n]
+                for n in ("mlflow_tracking_uri", "proxy")
+                if built.answers[n] and "example.com" not in built.answers[n]
+            ]
+            if len(inside) != len(near):
                 yield f"egress inside the cluster: {inside}"
             if any("ports" in rule for rule in inside):
                 yield "a pod's port is not the Service's"
@@ -819,6 +827,22 @@ def test_a_private_authority_is_mounted_and_named(every: list[Built]) -> None:
             or file["MLFLOW_TRACKING_SERVER_CERT_PATH"] != f"{mounts['private-ca']}/ca.crt"
         ):
             yield "the file is not where MLflow's client looks"
+
+    assert problems(every, check) == []
+
+
+def test_the_pods_reach_mlflow_through_the_proxy_that_is_answered(every: list[Built]) -> None:
+    def check(built: Built) -> Iterator[str]:
+        [container] = built.pod["initContainers"]
+        env = {v["name"]: v.get("value") for v in container["env"]}
+        proxy = built.answers["proxy"]
+        found = [env.get(name, "") for name in ("HTTP_PROXY", "HTTPS_PROXY")]
+        if found != [proxy, proxy]:
+            yield f"through {found}"
+        if proxy and env["NO_PROXY"] != ".svc,.cluster.local":
+            yield "what is in the cluster is asked through it too"
+        if any("proxy" in v["name"].lower() for v in built.tei["env"]):
+            yield "TEI asks nobody"
 
     assert problems(every, check) == []
 

@@ -563,6 +563,42 @@ def test_what_it_asks_is_what_openai_s_own_client_asks(encoding: str | None) -> 
     assert ours.tokens == said.usage.prompt_tokens == 7
 
 
+class _Full(Handling):
+    """Answers 429 to so many requests, as TEI does: without saying when to come again."""
+
+    left: int
+
+    def do_POST(self) -> None:
+        if type(self).left:
+            type(self).left -= 1
+            self.rfile.read(int(self.headers["Content-Length"]))
+            return self.answer(429, {"message": "Model is overloaded", "code": 429})
+        return super().do_POST()
+
+
+@pytest.mark.parametrize("refusals", [0, 1, 3])
+def test_an_overloaded_service_is_asked_again(
+    refusals: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint = program(ROOT / "template/smoke/endpoint.py")
+    monkeypatch.setattr(endpoint, "FIRST_PAUSE", 0.05)
+    stub = Stub(key=KEY)
+    with serve_with(type("_", (_Full,), {"stub": stub, "left": refusals})) as url:
+        found = endpoint.Endpoint(url, KEY, MODEL, 10).embed(["a b"])
+    assert len(found.vectors) == 1
+
+
+def test_a_service_that_stays_overloaded_ends_the_checks() -> None:
+    endpoint = program(ROOT / "template/smoke/endpoint.py")
+    stub, began = Stub(key=KEY), time.monotonic()
+    with (
+        serve_with(type("_", (_Full,), {"stub": stub, "left": 10**6})) as url,
+        pytest.raises(endpoint.Stopped, match="429 for 1 s: others fill the service"),
+    ):
+        endpoint.Endpoint(url, KEY, MODEL, 1).embed(["a b"])
+    assert time.monotonic() - began < 3
+
+
 def test_it_waits_until_the_endpoint_is_healthy(
     smoke: ModuleType, rendered: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -622,7 +658,8 @@ def test_the_job_has_what_the_program_needs(rendered: Path, smoke: ModuleType) -
     assert options == {"--url", "--expected", "--wait"}
     assert container["env"][0]["valueFrom"]["secretKeyRef"]["key"] == "API_KEY"
     kustomization = yaml.safe_load((rendered / "smoke/kustomization.yaml").read_text())
-    assert kustomization["configMapGenerator"] == [{"name": "smoke", "files": ["expected.json"]}]
+    [generated] = kustomization["configMapGenerator"]
+    assert generated == {"name": "text-embeddings-smoke", "files": ["expected.json"]}
 
 
 KUBECTL = """#!/bin/sh

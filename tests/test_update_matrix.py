@@ -328,6 +328,14 @@ def test_what_a_change_means_is_said(after: Any, said: list[str]) -> None:
         assert line.startswith(beginning)
 
 
+def test_weights_without_a_digest_may_be_others() -> None:
+    file = {"path": "model.safetensors", "from": "model.safetensors", "size": 7}
+    before, after = state(files=[file]), state(version="4", files=[file])
+    [told] = [line for line in updater().described(before, after) if "digest" in line]
+    assert told.startswith("The weights have no digest in the registry")
+    assert not any("digest" in line for line in updater().described(before, before))
+
+
 # With a registry
 
 

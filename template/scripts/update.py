@@ -59,6 +59,12 @@ class State:
             (f["path"], f["size"], f.get("sha256") or f.get("blob_sha1")) for f in self.pin["files"]
         }
 
+    @property
+    def is_known(self) -> bool:
+        """Whether the weights have digests: MLflow gives none where it proxies its store."""
+        weights = [f for f in self.pin["files"] if f["path"].endswith((".safetensors", ".bin"))]
+        return all(f.get("sha256") or f.get("blob_sha1") for f in weights)
+
 
 @dataclass(frozen=True)
 class Repository:
@@ -214,6 +220,8 @@ def described(before: State, after: State) -> Iterator[str]:
         yield f"RE-INDEX: another {changed}. What was embedded before must be embedded again."
     elif before.digests != after.digests:
         yield "The files changed: unless you know that the vectors are the same, embed again."
+    elif moved and not after.is_known:
+        yield "The weights have no digest in the registry: if they may be others, embed again."
     if old["facts"].get("prompts") != new["facts"].get("prompts"):
         yield "The prefixes that clients write before their texts changed: see README.md."
 

@@ -12,6 +12,7 @@ import json
 import math
 import struct
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -21,6 +22,10 @@ from urllib.parse import urlsplit
 
 LONGEST_ANSWER = 16 << 20
 """Bytes; the longest right one is /tokenize's for the longest input, half of it at most."""
+
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0
+"""Seconds between two tries while others fill the service; TEI names no time (no Retry-After)."""
 
 
 class Failed(Exception):
@@ -86,20 +91,31 @@ class Endpoint:
     def request(self, path: str, body: object = None, key: str | None = None) -> Answer:
         """One request; `key`: another than the right one, to see what comes of it.
 
-        Raises: Failed when no answer comes; Stopped when it takes too long, or the key is refused.
+        Raises: Failed when no answer comes; Stopped when it takes too long, the service is full all
+        the time, or the key is refused.
         """
         headers = {"Content-Type": "application/json"}
         if key or self.key:
             headers["Authorization"] = f"Bearer {key or self.key}"
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, headers)  # noqa: S310 (base_url)
-        answer = self._within(request, path)
+        answer = self._patiently(request, path)
         if answer.status == 401 and key is None:
             raise Stopped(
                 "API_KEY is not the key of the service"
                 if self.key
                 else "the endpoint asks for a key, and this repository has none"
             )
+        return answer
+
+    def _patiently(self, request: urllib.request.Request, path: str) -> Answer:
+        """The answer of a service that has room for it."""
+        until, pause = time.monotonic() + self.timeout, FIRST_PAUSE
+        while (answer := self._within(request, path)).status == 429:
+            if time.monotonic() + pause > until:
+                raise Stopped(f"{path} answers 429 for {self.timeout:g} s: others fill the service")
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
         return answer
 
     def embed(self, texts: Sequence[str], encoding: str = "base64") -> Embeddings:

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from . import limits, reading
 from .addresses import BadAddress, joined, never_asked, origin, origin_text, place
 from .failures import ConfigurationError, DeniedError, UnreachableError
+from .proxies import Proxy
 from .trust import NO_TLS, Trust, refused_certificate
 
 # Statuses that a later try may find gone (RFC 9110, RFC 6585).
@@ -220,6 +221,9 @@ class Wire:
             "User-Agent": "model-fetch",
             **request.headers,
         }
+        proxy = self._trust.proxies.to(*origin(request.url))
+        if proxy is not None and parts.scheme == "http":
+            target, headers = request.url, headers | proxy.headers
         where = place(request.url)
         while True:
             if self._aborted.is_set():
@@ -250,7 +254,8 @@ class Wire:
         self.close()
         scheme, host, port = wanted
         until = time.monotonic() + min(limits.CONNECT_SECONDS, self._timeout)
-        sock = _dial(request, host, port, until)
+        proxy = self._trust.proxies.to(*wanted)
+        sock = _dial(request, host, port, until) if proxy is None else _led(request, proxy, until)
         connection: http.client.HTTPConnection
         try:
             if scheme == "https":
@@ -279,16 +284,51 @@ def _encrypted(sock: socket.socket, context: ssl.SSLContext, url: str, host: str
         raise ConnectionFailed(place(url), reason, limits.SETTING_TRIES) from None
 
 
+def _led(request: Request, proxy: Proxy, until: float) -> socket.socket:
+    """A connection that a proxy leads to the server; for http:// it is the proxy's own."""
+    scheme, host, port = origin(request.url)
+    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    _may_be_asked(request, host)
+    sock = None
+    try:
+        sock = _dial(Request(f"http://{proxy.host}:{proxy.port}"), proxy.host, proxy.port, until)
+        if scheme == "https":
+            lines = {"Host": where, **proxy.headers}.items()
+            head = "".join(f"{name}: {value}\r\n" for name, value in lines)
+            sock.sendall(f"CONNECT {where} HTTP/1.1\r\n{head}\r\n".encode("ascii"))
+            answer = Answer(sock, method="CONNECT")
+            answer.begin()
+            answer.close()
+            if answer.status == 407:
+                raise ConfigurationError(
+                    f"{proxy} asks for a login: write it into HTTPS_PROXY, http://user:password@host:port"
+                )
+            if answer.status != 200:
+                raise OSError(None, f"it answers {answer.status}")
+        return sock
+    except BaseException as error:
+        if sock is not None:
+            sock.close()
+        if isinstance(error, OSError | http.client.HTTPException | ValueError):
+            reason = f"{proxy}: {describe(error)}"
+            raise ConnectionFailed(place(request.url), reason, limits.SETTING_TRIES) from None
+        raise
+
+
+def _may_be_asked(request: Request, address: str) -> None:
+    if not request.own and never_asked(address):
+        raise UnreachableError(
+            f"{place(request.url)} is a link-local or metadata address, which is not asked "
+            "because a server says so: look at what the registry and its store are"
+        )
+
+
 def _dial(request: Request, host: str, port: int, until: float) -> socket.socket:
     """A connection to the first address of a host that takes one."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     failure = OSError("no address")
     for family, kind, protocol, _, address in found[: limits.ADDRESSES]:
-        if not request.own and never_asked(str(address[0])):
-            raise UnreachableError(
-                f"{place(request.url)} is a link-local or metadata address, which is not asked "
-                "because a server says so: look at what the registry and its store are"
-            )
+        _may_be_asked(request, str(address[0]))
         try:
             sock = socket.socket(family, kind, protocol)
             try:

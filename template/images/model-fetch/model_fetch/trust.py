@@ -10,6 +10,7 @@ from functools import cached_property
 
 from .addresses import origin_text
 from .failures import ConfigurationError
+from .proxies import Proxies
 from .settings import switched_on
 
 # The names that MLflow's client, boto3, curl and OpenSSL look at, in the order of preference.
@@ -34,7 +35,7 @@ class Trust:
     def __init__(self, environ: Mapping[str, str], *more_variables: str, insecure: str) -> None:
         """more_variables: looked at before CA_VARIABLES; insecure: the variable that turns it off.
 
-        Raises: ConfigurationError when a file that is named is not there.
+        Raises: ConfigurationError when a file that is named is not there, or a proxy is none.
         """
         variables = (*more_variables, *CA_VARIABLES)
         self._authorities = next(
@@ -47,6 +48,8 @@ class Trust:
             raise _no_client(self._client)
         self.insecure = insecure if switched_on(environ, insecure) else None
         """The variable that has turned all checks off."""
+        self.proxies = Proxies(environ)
+        """On the way to those servers."""
 
     @cached_property
     def context(self) -> ssl.SSLContext:
