@@ -143,6 +143,9 @@ RULES: dict[str, Rule] = {
         "a number of tokens: use 512 to 999999, or nothing",
         r"(51[2-9]|5[2-9][0-9]|[6-9][0-9]{2}|[1-9][0-9]{3,5})?",
     ),
+    "measured_tokens_per_second": Rule(
+        "a number of tokens: use 1 to 99999999, or nothing", r"([1-9][0-9]{0,7})?"
+    ),
     "image_pull_secret": Rule("the name of a Secret, or empty for none", rf"({_DNS_NAME})?"),
     "ca_config_map": Rule("the name of a ConfigMap, or empty for none", rf"({_DNS_NAME})?"),
     "proxy": Rule(

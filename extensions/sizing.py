@@ -73,6 +73,9 @@ _SUSTAINED_FLOPS = {True: 20e12, False: 0.1e12}
 One core did 54e9 to 58e9 with MiniLM and BERT-base, without MKL (measured 2026-11-25): half of four.
 """
 
+_MEASURED_SHARE = 0.7
+"""Of the tokens per second that the operator measured, what is counted on: the rest is for a worse moment."""
+
 _SLOW_GPU_FLOPS = 1e12
 """Operations per second that no GPU falls below at a full batch, and no CPU pod of this size reaches."""
 
@@ -303,16 +306,17 @@ def plan(pin: Pin, given: Mapping[str, Any]) -> Plan:
     dtype = serving_dtype(facts, gpu)
     batch_tokens = _batch_tokens(pin, gpu, given)
     served = min(facts.max_input_tokens or batch_tokens, batch_tokens)
-    client_batch = max_client_batch_size(facts, gpu)
+    measured = int(given.get("measured_tokens_per_second") or 0)
+    client_batch = max_client_batch_size(facts, gpu, measured)
     memory = memory_needed(facts, gpu, batch_tokens)
     workers = 4 if gpu.is_gpu else 2
     replicas = int(given["replicas"])
     autoscaled = any(c.startswith("autoscaling-") for c in given["components"])
     pooling = given["pooling"] if given["pooling"] != "auto" else str(facts.pooling)
-    request = request_seconds(facts, gpu)
-    longest_batch = batch_seconds(facts, gpu, batch_tokens)
+    request = request_seconds(facts, gpu, measured)
+    longest_batch = batch_seconds(facts, gpu, batch_tokens, measured)
     long_queue = any(edit.name == "queue" for edit in edits(given))
-    startup = startup_seconds(facts, gpu, batch_tokens)
+    startup = startup_seconds(facts, gpu, batch_tokens, measured)
     fetch_seconds = ceil(_stored_bytes(facts) / _FETCH_BYTES_PER_SECOND)
     claim = model_claim(
         facts,
@@ -636,29 +640,36 @@ def _quantity(mib: int) -> str:
 # Time
 
 
-def request_seconds(facts: Facts, gpu: Accelerator) -> int:
-    """Longest request: a body of TEI's --payload-limit, at the slowest sustained speed.
+def tokens_per_second(facts: Facts, gpu: Accelerator, measured: int = 0) -> float:
+    """That one replica keeps up at least: of what was measured, or 2 operations per parameter and token.
 
-    2 operations per parameter and token. Returns: seconds, 60 to 600, a multiple of 30.
+    Args: measured: tokens a second of the longest texts (`make bench`); 0: nobody has measured.
     """
+    if measured:
+        return _MEASURED_SHARE * measured
+    return _SUSTAINED_FLOPS[gpu.is_gpu] / (2 * _parameters(facts))
+
+
+def request_seconds(facts: Facts, gpu: Accelerator, measured: int = 0) -> int:
+    """Longest request: a body of TEI's --payload-limit. Returns: seconds, 60 to 600, a multiple of 30."""
     tokens = _PAYLOAD_BYTES / _BYTES_PER_TOKEN_OF_TEXT
-    seconds = 2 * _parameters(facts) * tokens / _SUSTAINED_FLOPS[gpu.is_gpu]
+    seconds = tokens / tokens_per_second(facts, gpu, measured)
     return min(600, max(60, 30 * ceil(seconds / 30)))
 
 
-def max_client_batch_size(facts: Facts, gpu: Accelerator) -> int:
+def max_client_batch_size(facts: Facts, gpu: Accelerator, measured: int = 0) -> int:
     """Inputs per request: OpenAI's clients send up to 2,048, TEI's own limit is 32.
 
     As many as leave time for the full batches of all concurrent clients within the longest request.
 
     Returns: a power of two, 32 to 512: more of them would not fit into --payload-limit.
     """
-    operations = 2 * _parameters(facts) * _USUAL_INPUT_TOKENS * _CONCURRENT_CLIENTS
-    most = request_seconds(facts, gpu) * _SUSTAINED_FLOPS[gpu.is_gpu] / operations
+    tokens = request_seconds(facts, gpu, measured) * tokens_per_second(facts, gpu, measured)
+    most = tokens / (_USUAL_INPUT_TOKENS * _CONCURRENT_CLIENTS)
     return next((n for n in (512, 256, 128, 64) if n <= most), 32)
 
 
-def startup_seconds(facts: Facts, gpu: Accelerator, batch_tokens: int) -> int:
+def startup_seconds(facts: Facts, gpu: Accelerator, batch_tokens: int, measured: int = 0) -> int:
     """Budget from the start of TEI's process to its first answer.
 
     Two minutes for CUDA and its kernels' first compilation (14 s were reported from a Spark with a
@@ -671,12 +682,12 @@ def startup_seconds(facts: Facts, gpu: Accelerator, batch_tokens: int) -> int:
     tokens = (
         batch_tokens if gpu.is_gpu else min(facts.max_input_tokens or batch_tokens, batch_tokens)
     )
-    return ceil(120 + reading + 3 * batch_seconds(facts, gpu, tokens))
+    return ceil(120 + reading + 3 * batch_seconds(facts, gpu, tokens, measured))
 
 
-def batch_seconds(facts: Facts, gpu: Accelerator, batch_tokens: int) -> float:
-    """The longest batch, at the slowest sustained speed: 2 operations per parameter and token."""
-    return 2 * _parameters(facts) * batch_tokens / _SUSTAINED_FLOPS[gpu.is_gpu]
+def batch_seconds(facts: Facts, gpu: Accelerator, batch_tokens: int, measured: int = 0) -> float:
+    """The longest batch, at the slowest sustained speed."""
+    return batch_tokens / tokens_per_second(facts, gpu, measured)
 
 
 # Storage and images

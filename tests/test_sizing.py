@@ -304,6 +304,27 @@ def test_inputs_are_cut_on_a_cpu_where_it_was_answered(answer: str, served: int)
     )
 
 
+@pytest.mark.parametrize(
+    ("model", "accelerator"),
+    [("BAAI/bge-base-en-v1.5", "cpu"), ("Qwen/Qwen3-Embedding-4B", "gb10")],
+)
+def test_what_was_measured_takes_the_place_of_what_was_assumed(
+    model: str, accelerator: str
+) -> None:
+    assumed = plan(model, accelerator)
+    tokens = assumed.max_batch_tokens
+    speed = round(tokens / assumed.batch_seconds / 0.7)  # so much measured is what was assumed
+    same = plan(model, accelerator, measured_tokens_per_second=str(speed))
+    assert same.batch_seconds == pytest.approx(assumed.batch_seconds, rel=0.02)
+    slow = plan(model, accelerator, measured_tokens_per_second=str(max(1, speed // 10)))
+    assert slow.batch_seconds > 9 * assumed.batch_seconds
+    assert slow.startup_failures > assumed.startup_failures
+    assert slow.request_seconds >= assumed.request_seconds
+    fast = plan(model, accelerator, measured_tokens_per_second=str(10 * speed))
+    assert fast.batch_seconds < assumed.batch_seconds / 9
+    assert fast.request_seconds <= assumed.request_seconds
+
+
 def test_a_probe_never_waits_behind_a_batch() -> None:
     """/health does (TEI issue 424); of a GPU with our edits and short batches it may be asked."""
     edited = {"tei_edits": True}

@@ -94,6 +94,11 @@ def client_batch(texts_s: float, now: int) -> int:
     return min(now, max(1, power_below(texts_s * REQUEST_SECONDS)))
 
 
+def tokens_s(rows: Sequence[Row]) -> float:
+    """The most tokens a second of the longest texts: what sizes are made from."""
+    return float(max(r["tokens_s"] for r in of_length(rows, "longest") or rows))
+
+
 def advice(result: Mapping[str, Any], rate: float | None = None) -> list[str]:
     """Sentences for the operator, from one result."""
     rows, info = result["rows"], result["info"]
@@ -104,8 +109,7 @@ def advice(result: Mapping[str, Any], rate: float | None = None) -> list[str]:
             f"{length}: beyond {at['concurrency']} requests at a time nothing is gained "
             f"({at['texts_s']:.1f} texts/s, p99 {at['p99_ms']:.0f} ms there)."
         )
-    longest = of_length(rows, "longest") or list(rows)
-    speed = max(r["tokens_s"] for r in longest)
+    speed = tokens_s(rows)
     now = int(info["max_batch_tokens"])
     wanted = batch_tokens(speed, int(info["max_input_length"]), now)
     took = now / speed if speed else 0
@@ -129,6 +133,11 @@ def advice(result: Mapping[str, Any], rate: float | None = None) -> list[str]:
         said.append(
             f"{rate:g} texts/s of mixed length need {count} "
             f"{'replica' if count == 1 else 'replicas'}, each at {100 * HEADROOM:.0f} % of its {usual:.1f}."
+        )
+    if speed >= 1:
+        said.append(
+            "Timeouts, probes and alerts follow what was measured, where they were assumed, after: "
+            f"copier update -d measured_tokens_per_second={speed:.0f}"
         )
     if result["client_cpu_share"] > 0.8:
         said.append(
