@@ -246,29 +246,12 @@ def test_hadolint_finds_nothing(
             assert lines[number - 1].startswith("# "), "an ignored rule has its reason above it"
 
 
-NVCC = (
-    *("nvidia-cuda-nvcc==13.0.88", "nvidia-nvvm==13.0.88", "nvidia-cuda-crt==13.0.88"),
-    "nvidia-cuda-runtime==13.0.96",
-)
-"""From PyPI, 100 MB: parts of one release, since ptxas refuses what a newer cicc writes."""
-
-
 @pytest.fixture(scope="session")
 def nvcc() -> str:
-    """This machine's nvcc, or the one from PyPI, which is kept for the next run."""
-    if own := shutil.which("nvcc"):
-        return own
-    from tests.containers.engine import CACHE  # above, pytest could not rewrite its assertions
+    """This machine's nvcc, or the one from PyPI."""
+    from tests.containers.nvcc import toolkit  # above, pytest could not rewrite its assertions
 
-    folder = CACHE / f"nvcc-{NVCC[0].rpartition('=')[2]}"
-    found = folder / "nvidia/cu13/bin/nvcc"
-    if not found.exists():
-        shutil.rmtree(part := folder.with_name(f"{folder.name}.part"), ignore_errors=True)
-        words = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", part]
-        done = subprocess.run([*words, *NVCC], text=True, capture_output=True)
-        assert done.returncode == 0, done.stderr[-1000:]
-        part.rename(folder)
-    return str(found)
+    return shutil.which("nvcc") or str(toolkit() / "bin/nvcc")
 
 
 @pytest.mark.parametrize("name", GPUS)

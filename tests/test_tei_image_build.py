@@ -1,8 +1,9 @@
 """The TEI image, built by a real builder: every stage, from mirrors on loopback, and then run.
 
 The base images cannot be had everywhere, so a Debian made on the spot stands in for them, with this
-machine's Rust and a CUDA that only tells how it was called. TEI is a small project of the same shape.
-What is real: the Dockerfile, the builder, git, cargo, APT, the linker, and the container in the end.
+machine's Rust and nvcc from PyPI in it. nvprune, the driver and libcudart are stand-ins, and TEI is a small
+project of the same shape.
+What is real: the Dockerfile, the builder, git, cargo, APT, nvcc, the linker, and the container in the end.
 
 The first run takes two minutes, most of it for Debian; what it made is kept for the next.
 """
@@ -15,6 +16,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 pytest_plugins = ["tests.containers.engine", "tests.containers.renders"]
 
 STANDIN = Path(__file__).parent / "containers/standin"
-PACKAGES = "ca-certificates,curl,gcc,git,libc6-dev,libssl-dev,openssl,pkg-config,python3-venv"
+PACKAGES = "ca-certificates,curl,g++,gcc,git,libc6-dev,libssl-dev,openssl,pkg-config,python3-venv"
 ARCHITECTURE = {"x86_64": "amd64", "aarch64": "arm64"}[platform.machine()]
 
 EDITS = ",".join(edit.name for edit in tei.every_edit())
@@ -47,8 +49,8 @@ RUN sed -i 's/^deb http/deb [trusted=yes] http/' /etc/apt/sources.list
 
 CUDA = """\
 FROM {runtime}
-COPY nvcc /usr/local/bin/nvcc
-COPY nvcc /usr/local/bin/nvprune
+COPY --from={nvcc} / /usr/local/cuda
+COPY nvprune /usr/local/bin/nvprune
 COPY libcuda.c /tmp/libcuda.c
 WORKDIR /usr/local/cuda/lib64
 RUN mkdir stubs \\
@@ -56,7 +58,7 @@ RUN mkdir stubs \\
  && echo 'int cudaRuntimeGetVersion(int *v) {{ *v = 12090; return 0; }}' > /tmp/cudart.c \\
  && gcc -shared -fPIC -Wl,-soname,libcudart.so.12 -o libcudart.so.12.9 /tmp/cudart.c \\
  && ln -s libcudart.so.12.9 libcudart.so.12 && ln -s libcudart.so.12 libcudart.so
-ENV LIBRARY_PATH=/usr/local/cuda/lib64/stubs
+ENV LIBRARY_PATH=/usr/local/cuda/lib64/stubs PATH=/usr/local/cuda/bin:$PATH
 """
 
 WITHOUT_OPENSSL = """\
@@ -123,6 +125,19 @@ def _rust_image(engine: Engine, runtime: str, folder: Path) -> str:
     return name
 
 
+def _nvcc_image(engine: Engine) -> str:
+    """An image of nothing but CUDA's compiler and its headers."""
+    from tests.containers import nvcc  # above, pytest could not rewrite its assertions
+
+    name = f"standin/nvcc:{nvcc.VERSION}"
+    if not engine.has(name):
+        with tempfile.NamedTemporaryFile(suffix=".tar") as tar:
+            parts = ["bin", "include", "nvvm"]
+            subprocess.run(["tar", "-cf", tar.name, "-C", nvcc.toolkit(), *parts], check=True)
+            engine.docker("import", tar.name, name)
+    return name
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mirrors]:
     with mirrors(tmp_path_factory.mktemp("mirrors")) as started:
@@ -135,7 +150,7 @@ def bases(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Bases:
     return Bases(
         runtime=runtime,
         rust=_rust_image(engine, runtime, tmp_path_factory.mktemp("rust")),
-        cuda=_image(engine, "cuda", CUDA.format(runtime=runtime)),
+        cuda=_image(engine, "cuda", CUDA.format(runtime=runtime, nvcc=_nvcc_image(engine))),
         without_openssl=_image(engine, "without-openssl", WITHOUT_OPENSSL.format(runtime=runtime)),
     )
 
@@ -272,13 +287,12 @@ def test_tei_runs_unprivileged_and_gets_the_signal(
 
 
 @of_a_gpu
-def test_nvcc_is_told_the_architecture_once_for_both_builds(
+def test_nvcc_compiles_for_the_architecture_once_for_both_builds(
     engine: Engine, built: Built, gpu: str
 ) -> None:
     with _running(engine, built.name, gpu) as (_, lines):
         # What the dependency stage compiled; the program stage takes it as it is.
-        nvcc = "nvcc --gpu-architecture=sm_121 --gpu-architecture=sm_121a (3 at a time)"
-        assert f"kernels=with cutlass by {nvcc} small=42 tls=true" in lines
+        assert "kernels=with cutlass .target sm_121a (3 at a time) small=42 tls=true" in lines
     assert built.log.count("Compiling kernels v0.8.4") == 1
     pruned = "nvprune --generate-code code=sm_120 --generate-code code=sm_121 "
     assert f"{pruned}/usr/local/cuda/lib64/libcublas_static.a" in built.log
@@ -424,3 +438,18 @@ def test_a_missing_library_stops_the_build(
     log = _refused(engine, render_tei, bases, served, RUNTIME_IMAGE=bases.without_openssl)
 
     assert "TEI needs libssl.so.3, which the image lacks." in log
+
+
+def test_the_whole_workspace_would_be_fetched_for_as_well(
+    engine: Engine, render_tei: RenderTei, bases: Bases, served: Mirrors, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tei"
+    shutil.copytree(_context(render_tei, served, "cpu"), folder)
+    dockerfile = (folder / "Dockerfile").read_text()
+    (folder / "Dockerfile").write_text(dockerfile.replace(" --bin text-embeddings-router", ""))
+
+    arguments = _arguments(bases, served)
+    done = engine.docker("build", "--network=host", *arguments, folder, check=False)
+
+    assert done.returncode != 0
+    assert "the ONNX Runtime cannot be fetched" in done.stdout

@@ -2,7 +2,7 @@
 
 The project has what makes TEI's build hard to redirect: a crate from the index, a crate from a git
 repository on GitHub, in that a submodule on GitHub, and a workspace with members that the server does not
-need, one of which downloads while it is built. It links OpenSSL and, for a GPU, CUDA.
+need: what one of them depends on downloads while it is built. It links OpenSSL and, for a GPU, CUDA.
 """
 
 from __future__ import annotations
@@ -136,8 +136,17 @@ fn main() {
     }
     if std::env::var("CARGO_FEATURE_CUDA").is_ok() {
         let cap: usize = std::env::var("CUDA_COMPUTE_CAP").unwrap().parse().expect("Could not parse code");
-        let nvcc = Command::new("nvcc").arg(format!("--gpu-architecture=sm_{cap}")).output().unwrap();
-        built += &format!(" by {}", String::from_utf8(nvcc.stdout).unwrap().trim());
+        let out = std::env::var("OUT_DIR").unwrap();
+        // As bindgen_cuda 0.1.5 calls it, for candle-kernels and for candle-flash-attn.
+        let object = format!("{out}/twice.o");
+        for how in [["--ptx", "--output-directory", &out], ["-c", "-o", &object]] {
+            let nvcc = Command::new("nvcc").arg(format!("--gpu-architecture=sm_{cap}")).args(how)
+                .args(["--default-stream", "per-thread", "kernels/twice.cu"]).status().unwrap();
+            assert!(nvcc.success(), "nvcc fails");
+        }
+        let ptx = std::fs::read_to_string(format!("{out}/twice.ptx")).unwrap();
+        let target = ptx.lines().find(|line| line.starts_with(".target")).unwrap();
+        built += &format!(" {target}");
         built += &format!(" ({} at a time)", std::env::var("RAYON_NUM_THREADS").unwrap());
         println!("cargo:rustc-link-search=native=/usr/local/cuda/lib64");
         println!("cargo:rustc-link-lib=dylib=cudart");
@@ -145,6 +154,10 @@ fn main() {
     }
     println!("cargo:rustc-env=BUILT={built}");
 }
+"""
+
+_KERNEL = """\
+extern "C" __global__ void twice(float *x) { x[threadIdx.x] *= 2.0f; }
 """
 
 _KERNELS_LIB = """\
@@ -216,33 +229,26 @@ def _commit(folder: Path, environment: dict[str, str]) -> str:
     return _git("rev-parse", "HEAD", into=folder, environment=environment)
 
 
-def _crate(folder: Path, url: str) -> None:
-    """One crate in a sparse index (the Cargo book, "Index format")."""
-    manifest = '[package]\nname = "small"\nversion = "0.1.0"\nedition = "2021"\n'
-    files = {"Cargo.toml": manifest, "src/lib.rs": "pub fn answer() -> u32 { 42 }\n"}
+def _crate(folder: Path, name: str, files: dict[str, str]) -> None:
+    """A crate in the sparse index (the Cargo book, "Index format"); its name has more than three letters."""
+    manifest = f'[package]\nname = "{name}"\nversion = "0.1.0"\nedition = "2021"\n'
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as tar:
-        for name, text in files.items():
-            entry = tarfile.TarInfo(f"small-0.1.0/{name}")
+        for path, text in {"Cargo.toml": manifest, **files}.items():
+            entry = tarfile.TarInfo(f"{name}-0.1.0/{path}")
             entry.size = len(text)
             tar.addfile(entry, io.BytesIO(text.encode()))
     checksum = hashlib.sha256(packed.getvalue()).hexdigest()
     row = {
-        "name": "small",
+        "name": name,
         "vers": "0.1.0",
         "deps": [],
         "cksum": checksum,
         "features": {},
         "yanked": False,
     }
-    _write(
-        folder,
-        {
-            "index/config.json": json.dumps({"dl": f"{url}/crates"}),
-            "index/sm/al/small": json.dumps(row) + "\n",
-        },
-    )
-    download = folder / "crates/small/0.1.0/download"
+    _write(folder, {f"index/{name[:2]}/{name[2:4]}/{name}": json.dumps(row) + "\n"})
+    download = folder / f"crates/{name}/0.1.0/download"
     download.parent.mkdir(parents=True)
     download.write_bytes(packed.getvalue())
 
@@ -393,22 +399,25 @@ def mirrors(folder: Path) -> Iterator[Mirrors]:
             _write(path, files)
             return path
 
-        _crate(http, http_url)
+        _write(http, {"index/config.json": json.dumps({"dl": f"{http_url}/crates"})})
+        _crate(http, "small", {"src/lib.rs": "pub fn answer() -> u32 { 42 }\n"})
+        _crate(http, "ort-sys", {"build.rs": _ORT_BUILD, "src/lib.rs": ""})
         _apt(http / "apt")
         (http / "wheels").mkdir()
         asked = [_wheel(http / "wheels", name, files) for name, files in MKL.items()]
-        _commit(repository("NVIDIA/cutlass", {"cutlass.h": "cutlass\n"}), environment)
+        _commit(repository("NVIDIA/cutlass.git", {"cutlass.h": "cutlass\n"}), environment)
         kernels = repository(
             "huggingface/candle",
             {
                 "Cargo.toml": '[package]\nname = "kernels"\nversion = "0.8.4"\nedition = "2021"\n'
                 "[features]\ncuda = []\n",
                 "build.rs": _KERNELS_BUILD,
+                "kernels/twice.cu": _KERNEL,
                 "src/lib.rs": _KERNELS_LIB,
             },
         )
         _git(
-            *("submodule", "--quiet", "add", "https://github.com/NVIDIA/cutlass", "cutlass"),
+            *("submodule", "--quiet", "add", "https://github.com/NVIDIA/cutlass.git", "cutlass"),
             into=kernels,
             environment=environment,
         )
@@ -420,8 +429,8 @@ def mirrors(folder: Path) -> Iterator[Mirrors]:
             "router/Cargo.toml": _TEI_ROUTER % revision,
             "router/src/main.rs": _TEI_MAIN,
             "backends/Cargo.toml": _TEI_BACKEND,
-            "backends/ort/Cargo.toml": _TEI_MEMBER % "text-embeddings-backend-ort",
-            "backends/ort/build.rs": _ORT_BUILD,
+            "backends/ort/Cargo.toml": _TEI_MEMBER % "text-embeddings-backend-ort"
+            + '\n[dependencies]\nort-sys = "0.1"\n',
             "backends/ort/src/lib.rs": "",
             "core/Cargo.toml": _TEI_MEMBER % "text-embeddings-core",
             "core/src/lib.rs": 'pub const TOKENIZATION: &str = include_str!("tokenization.rs");\n',
