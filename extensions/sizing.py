@@ -37,6 +37,14 @@ On a CPU batching gains nothing: 0.18 to 0.21 CPU seconds per text of MiniLM and
 from one text in a batch to four (measured 2026-11-25, 2 cores).
 """
 
+_ONE_THREAD_HIDDEN = 384
+"""Hidden size up to which a model is computed by one thread on a CPU: more wait for each other.
+
+MiniLM with MKL, 8 requests at a time, one thread beside two: 76 texts/s and 14 CPU ms beside 36 and 29 at
+32 tokens, 8.0 and 131 beside 9.5 and 144 at 256. BERT-base (768): 10.8 texts/s beside 10.2, but 1.4 beside
+2.0. Without MKL a second thread brought MiniLM 7 and 21 % (measured 2026-11-28, 2 cores of an AMD processor).
+"""
+
 _CPU_BATCH_INPUTS = 4
 """Inputs per batch on a CPU, whatever is asked for (TEI backends/candle/src/lib.rs, max_batch_size)."""
 
@@ -277,6 +285,9 @@ class Plan:
     """What is known of the release that is built; None where nothing is."""
 
     tei_environment: Mapping[str, str]
+    one_thread: bool
+    """The model is computed by one thread, whatever cores there are."""
+
     model_fetch_image: Image
     smoke_image: Image
     egress: tuple[Egress, ...]
@@ -368,6 +379,7 @@ def plan(pin: Pin, given: Mapping[str, Any]) -> Plan:
         tei_edits=edits(given),
         tei_release=release(given["tei_ref"]),
         tei_environment=environment(),
+        one_thread=one_thread(facts, gpu),
         model_fetch_image=Image(f"{registry}-model-fetch", MODEL_FETCH_VERSION),
         smoke_image=Image(f"{registry}-smoke", SMOKE_VERSION),
         egress=tuple(destinations(pin, given)),
@@ -557,6 +569,11 @@ def max_batch_tokens(pin: Pin, gpu: Accelerator, longest_input: int = 0) -> int:
     )
 
 
+def one_thread(facts: Facts, gpu: Accelerator) -> bool:
+    """Whether one thread computes the model: a small one on a CPU. More replicas then take more texts."""
+    return not gpu.is_gpu and _hidden_size(facts) <= _ONE_THREAD_HIDDEN
+
+
 def tei_resources(facts: Facts, gpu: Accelerator, memory: Memory, workers: int) -> Resources:
     """Requests and limits of TEI's container.
 
@@ -600,8 +617,8 @@ def tei_resources(facts: Facts, gpu: Accelerator, memory: Memory, workers: int) 
     step = 256 if gpu.is_gpu else 32
     headroom, share = (needed // 4, "a quarter") if gpu.is_gpu else (needed // 2, "a half")
     return Resources(
-        cpu_request="2" if gpu.is_gpu else "4",
-        cpu_limit="4",
+        cpu_request="2" if gpu.is_gpu else "1" if one_thread(facts, gpu) else "4",
+        cpu_limit="2" if one_thread(facts, gpu) else "4",
         memory_request_mib=_rounded_mib(needed, step),
         memory_limit_mib=_rounded_mib(needed + headroom + passing, step),
         reason=f"{', '.join(parts)}; the limit is {share} above that",
@@ -647,7 +664,8 @@ def tokens_per_second(facts: Facts, gpu: Accelerator, measured: int = 0) -> floa
     """
     if measured:
         return _MEASURED_SHARE * measured
-    return _SUSTAINED_FLOPS[gpu.is_gpu] / (2 * _parameters(facts))
+    sustained = _SUSTAINED_FLOPS[gpu.is_gpu] / (2 if one_thread(facts, gpu) else 1)
+    return sustained / (2 * _parameters(facts))
 
 
 def request_seconds(facts: Facts, gpu: Accelerator, measured: int = 0) -> int:

@@ -30,6 +30,28 @@ CREDENTIALS = {
 }
 
 
+def test_one_thread_computes_a_small_model(
+    render: Callable[..., Path], pin_of: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """In the pod as in compose; a larger model's threads are as many as the pod has cores."""
+    for size, threads in ((384, "1"), (768, None)):
+        pin = pin_of(MODEL)
+        pin["facts"]["hidden_size"] = size
+        more = {
+            "model_id": MODEL,
+            "pin": pin,
+            "accelerator": "cpu",
+            "image_platform": "linux/amd64",
+        }
+        folder = render(tmp_path / str(size), program=False, **more)
+        pod = yaml.safe_load((folder / "k8s/base/deployment.yaml").read_text())
+        container = pod["spec"]["template"]["spec"]["containers"][0]
+        variables = {row["name"]: row.get("value") for row in container["env"]}
+        assert variables["OMP_NUM_THREADS"] == threads
+        assert variables.get("RAYON_NUM_THREADS") == threads
+        assert compose(folder)["services"]["tei"]["environment"].get("OMP_NUM_THREADS") == threads
+
+
 @pytest.fixture(scope="session")
 def kept() -> dict[str, Path]:
     return {}

@@ -181,6 +181,16 @@ def test_a_pod_on_a_cpu_asks_for_what_it_takes(facts: Facts, peak_mib: int) -> N
     assert it.queue_target == 4
 
 
+@pytest.mark.parametrize(
+    ("facts", "kind", "cores"),
+    [(MINILM, "cpu", "1"), (BERT_BASE, "cpu", "4"), (XLM_R_LARGE, "cpu", "4"), (MINILM, "l4", "2")],
+)
+def test_a_small_model_on_a_cpu_takes_one_core(facts: Facts, kind: str, cores: str) -> None:
+    it = sizing.plan(pin_with(facts), ANSWERS | {"accelerator": kind})
+    assert it.tei.cpu_request == cores
+    assert it.one_thread == (cores == "1")
+
+
 def test_the_rule_for_memory_agrees_with_what_was_measured() -> None:
     """bge-m3 (XLM-RoBERTa large): 568 million parameters, vocabulary of 250,002."""
     facts = replace(
