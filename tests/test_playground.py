@@ -6,6 +6,7 @@ import http.client
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ import pytest
 
 from demo.registry import free_port
 from tests import real_tei
-from tests.conftest import pinned
+from tests.conftest import Render, pinned
 from tests.tei_stub.server import Stub
 from tests.tei_stub.server import serving as stub
 
@@ -215,6 +216,42 @@ def ask(
     connection.request(method, path, body, {k.replace("_", "-"): v for k, v in headers.items()})
     answer = connection.getresponse()
     return answer.status, answer.read()
+
+
+JINA: dict[str, Any] = {"model_id": "jinaai/jina-embeddings-v3", "accept_license": True}
+
+
+@pytest.mark.parametrize(
+    ("answers", "facts", "by_server"),
+    [
+        ({"model_id": MODEL}, {}, None),
+        ({"model_id": MODEL}, {"default_prompt": "search_query"}, "search_query: "),
+        (
+            {"model_id": MODEL},
+            {"default_prompt": "mine", "prompts": {"mine": "</script>"}},
+            "</script>",
+        ),
+        (JINA, {}, "Represent the document for retrieval: "),
+        (JINA | {"model_task": "separation"}, {}, None),
+    ],
+    ids=["by clients", "its own", "a hostile one", "a task with one", "a task without"],
+)
+def test_no_prompt_stands_before_a_text_twice(
+    render: Render, answers: dict[str, Any], facts: dict[str, Any], by_server: str | None
+) -> None:
+    pin = pinned(answers["model_id"])
+    pin["facts"] |= facts
+    project = render(program=False, pin=pin, accelerator="cpu", **answers)
+    text = (project / "playground/index.html").read_text()
+    [said] = re.findall(r'id="rendered">(.*?)</script>', text, re.S)
+    page = json.loads(said)
+    manifest = (project / "k8s/base/deployment.yaml").read_text()
+    assert ("--default-prompt" in manifest) == (by_server is not None)
+    assert page["prompt_of_server"] == (by_server or "")
+    if by_server is not None or "model_task" in answers:
+        assert page["prompts"] == {}  # of another task: the merged adapter does not know it
+    else:
+        assert page["prompts"] == dict(pin["facts"]["prompts"])
 
 
 def test_only_the_page_may_ask_and_only_what_it_needs(rendered: Path) -> None:

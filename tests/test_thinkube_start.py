@@ -155,10 +155,12 @@ def build(project: Path, folder: Path) -> Container:
     made = Container(folder, free_port(), free_port())
     opt = folder / "opt/thinkube"
     shutil.copytree(project / "images/thinkube", opt)
+    if (project / "images/playground").is_dir():  # an app
+        shutil.copytree(project / "images/playground", folder / "opt/playground")
     for name in ("start.sh", "nginx.conf"):
         text = (opt / name).read_text().replace("7860", str(made.port))
         text = text.replace("8355", str(made.tei_port))
-        for path in ("/tmp/front", "/mlflow-models", "/model/current", "/cache"):
+        for path in ("/tmp/front", "/mlflow-models", "/model/current", "/cache", "/opt/playground"):
             text = text.replace(path, f"{folder}{path}")
         if name == "nginx.conf" and os.geteuid() == 0:
             text = f"user root;\n{text}"  # else its worker is nobody, who may not look in here
@@ -370,6 +372,31 @@ def test_an_app_on_a_gpu_is_healthy_only_once_it_serves(
     assert container.get("/health")[0] == 503
     container.load()
     container.until(lambda: container.get("/health")[0] == 200)
+
+
+@pytest.mark.parametrize(
+    ("answers", "page"),
+    [({"project_name": "search"}, True), ({"project_name": "text-embeddings"}, False)],
+    ids=["app", "component"],
+)
+def test_an_app_shows_its_page_at_its_root(
+    make: Callable[..., Container], files: Path, answers: dict[str, Any], page: bool
+) -> None:
+    """No second process, and nothing else of the folder; POST / stays TEI's."""
+    container = make(**answers)
+    mounted(container, files)
+    container.serve(MODEL_ID=MODEL)
+    status, body = container.get("/")
+    assert (status, "<!doctype html>" in body) == (200, page)
+    for name in ("style.css", "page.js", "service.js", "vectors.js"):
+        assert container.get(f"/{name}")[0] == (200 if page else 404)
+    assert container.get("/serve.py")[1].startswith('{"path"')  # TEI's answer
+    sent = json.dumps({"inputs": "a text"})
+    assert container.post("/", sent) == (200, sent)
+    if page:
+        with urllib.request.urlopen(f"http://127.0.0.1:{container.port}/") as answer:
+            assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
+            assert answer.headers["X-Frame-Options"] == "DENY"
 
 
 @pytest.mark.parametrize("name", ["../../etc", '$(id)"'])

@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "smoke"))
+sys.path[:0] = [str(folder / "smoke") for folder in HERE.parents[:2]]
 
 from endpoint import base_url  # noqa: E402
 

@@ -2,7 +2,13 @@
 import { pieces } from "./vectors.js";
 
 /** What went wrong, in words for the person at the page. */
-export class ServiceError extends Error {}
+export class ServiceError extends Error {
+  /** `status` is that of the answer, where there was one. */
+  constructor(message, status = null) {
+    super(message);
+    this.status = status;
+  }
+}
 
 const WHY = {
   401: "the service wants an API key, or another one",
@@ -43,7 +49,7 @@ export class Service {
     if (!answer.ok) {
       const message = said?.error?.message ?? said?.message ?? (typeof said?.error === "string" ? said.error : "");
       const why = message || WHY[answer.status] || "it gives no reason";
-      throw new ServiceError(`The service answers ${answer.status}: ${why}`);
+      throw new ServiceError(`The service answers ${answer.status}: ${why}`, answer.status);
     }
     if (said === null || typeof said !== "object") throw new ServiceError("What answers is not an embeddings service.");
     return said;

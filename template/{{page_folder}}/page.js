@@ -178,9 +178,10 @@ async function greet() {
       : "What answers serves no embeddings.";
     model.classList.toggle("wrong", !right);
   } catch (error) {
-    // Behind a gateway /info is not routed; the texts may still be.
-    model.textContent = `${rendered.model_id}. ${error.message}`;
-    model.classList.add("wrong");
+    // A gateway routes what clients call alone, so the render says what /info would.
+    const hidden = error.status === 404;
+    model.textContent = hidden ? `This page was made for ${rendered.model_id}.` : `${rendered.model_id}. ${error.message}`;
+    model.classList.toggle("wrong", !hidden);
   }
   const facts = {
     Model: rendered.model_id,
@@ -191,7 +192,8 @@ async function greet() {
     "Texts per request": service.batch,
     "Computes in": info.model_dtype ?? rendered.dtype,
     Server: info.version ? `TEI ${info.version}${info.docker_label ? `, ${info.docker_label}` : ""}` : "Text Embeddings Inference",
-    Prompts: Object.entries(rendered.prompts).map(([name, text]) => `${name}: “${text}”`).join("; ") || "none",
+    Prompts: rendered.prompt_of_server ? `the server writes “${rendered.prompt_of_server}” before every text by itself`
+      : Object.entries(rendered.prompts).map(([name, text]) => `${name}: “${text}”`).join("; ") || "none",
   };
   document.getElementById("facts").replaceChildren(
     ...Object.entries(facts).flatMap(([name, fact]) => [make("dt", {}, name), make("dd", {}, fact)]));
