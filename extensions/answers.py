@@ -68,6 +68,7 @@ COMPONENTS = (
     "network-policy",
     "api-key",
     "gpu-toleration",
+    "playground",
 )
 
 RULES: dict[str, Rule] = {

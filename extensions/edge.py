@@ -26,6 +26,9 @@ Not `/`, `/health` and `/ping`: eight of them at once end an unpatched TEI (its 
 `/metrics`, `/docs` and `/info`: they are its operator's.
 """
 
+PAGE_PATHS = ("/", "/style.css", "/page.js", "/service.js", "/vectors.js")
+"""Of the playground (serve.py), which asks the API's paths at the same address."""
+
 _ANNOTATIONS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         # F5's controller (docs.nginx.com, "Advanced configuration with Annotations"): 60 s and 1 MB else.
@@ -74,6 +77,11 @@ def ingress_annotations(given: Mapping[str, Any], request_seconds: int) -> dict[
 def problem(components: Iterable[str], open_to_everyone: bool) -> ConfigurationError | None:
     """Why the service cannot be exposed like that; None when it can."""
     routed = sorted({"gateway", "ingress"} & set(components))
+    if "playground" in components and not routed:
+        return ConfigurationError(
+            "components: playground is the page at the address outside, and there is none: add gateway "
+            "or ingress, or leave it out (make playground shows the page on your own machine)."
+        )
     if not routed or "api-key" in components or open_to_everyone:
         return None
     return ConfigurationError(

@@ -297,6 +297,9 @@ class Plan:
     api_paths: tuple[str, ...]
     """What is routed from outside."""
 
+    page_paths: tuple[str, ...]
+    """What is routed to the page that tries it; empty where it was not chosen."""
+
     ingress_annotations: Mapping[str, str]
 
     @property
@@ -385,6 +388,7 @@ def plan(pin: Pin, given: Mapping[str, Any]) -> Plan:
         egress=tuple(destinations(pin, given)),
         build_namespace=f"{given['namespace'][:57]}-build",  # 63 characters at most
         api_paths=edge.API_PATHS,
+        page_paths=edge.PAGE_PATHS if "playground" in given["components"] else (),
         ingress_annotations=edge.ingress_annotations(given, request),
     )
 

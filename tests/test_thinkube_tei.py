@@ -15,7 +15,7 @@ import pytest
 from demo.registry import free_port
 from tests import real_tei
 from tests.test_playground import browser, in_a_browser  # noqa: F401
-from tests.test_thinkube_start import Container, build, pin_of
+from tests.test_thinkube_start import Container, build, mounted, pin_of
 from tests.test_thinkube_start import pytestmark as needs_nginx
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -53,9 +53,7 @@ def app(template: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Co
     (container.stub / "text-embeddings-router").write_text(
         f'#!/bin/sh\nexec {real_tei.router()} --prometheus-port={free_port()} "$@"\n'
     )
-    store = container.folder / "mlflow-models/artifacts/7/r1/artifacts"
-    store.mkdir(parents=True)
-    (store / "model").symlink_to(model)
+    mounted(container, model)
     container.start()
     try:
         container.until(lambda: container.get("/ready")[0] == 200)

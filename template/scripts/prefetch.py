@@ -64,7 +64,10 @@ def job(deployment: Object) -> Object:
 
 def needed(found: list[Object]) -> Iterator[Object]:
     """What must be there for the Job, then the Job."""
-    [deployment] = [item for item in found if item["kind"] == "Deployment"]
+    deployments = [item for item in found if item["kind"] == "Deployment"]
+    [deployment] = [
+        one for one in deployments if "initContainers" in one["spec"]["template"]["spec"]
+    ]
     made = job(deployment)
     volumes = made["spec"]["template"]["spec"]["volumes"]
     maps = {volume["configMap"]["name"] for volume in volumes if "configMap" in volume}

@@ -122,7 +122,8 @@ def edge(it: Service) -> str:
             answer = it.endpoint.request(path, key="not-the-key")
         except Failed as failure:
             raise Stopped(str(failure)) from None
-        if answer.status == 200:
+        # The page to try the service may be at /, where TEI itself would answer with nothing.
+        if answer.status == 200 and not (path == "/" and answer.body.startswith(b"<!doctype html")):
             raise Failed(f"{path} is answered from outside")
     return f"{', '.join(INSIDE)}: not from outside"
 
