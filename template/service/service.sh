@@ -28,6 +28,7 @@ case ${1:-} in
 write) write ;;
 install)
   root_and_systemd install-service
+  command -v docker >/dev/null || die "The units are for Docker, which is not here: Podman has its own way, Quadlet."
   write
   systemctl daemon-reload
   # shellcheck disable=SC2046 # names without spaces
