@@ -45,6 +45,9 @@ def test_the_page_is_routed_beside_the_api_and_gets_nothing_of_it(
     shape = {"platform": platform, "project_name": "search", "accelerator": "l4"}
     project = rendered(render, routed, "monitoring", *COMPONENTS, **shape)
     objects = build(project / ("k8s" if platform == "kubernetes" else "deploy"))
+    validate = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
+    for mine in (o for o in objects if o["metadata"]["name"].startswith("search-page")):
+        validate.validate(mine, "1.30", strict=True)
     if routed == "gateway":
         rules = of(objects, "HTTPRoute", "search")["spec"]["rules"]
         leads = {

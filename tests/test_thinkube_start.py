@@ -78,7 +78,7 @@ class Container:
         """Status and body; 0 when nothing listens."""
         try:
             with urllib.request.urlopen(
-                f"http://127.0.0.1:{self.port}{path}", timeout=20
+                f"http://127.0.0.1:{self.port}{path}", timeout=90
             ) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
@@ -90,7 +90,7 @@ class Container:
         url = f"http://127.0.0.1:{self.port}{path}"
         request = urllib.request.Request(url, body.encode(), {"Content-Type": kind})
         try:
-            with urllib.request.urlopen(request, timeout=20) as answer:
+            with urllib.request.urlopen(request, timeout=90) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()

@@ -69,7 +69,8 @@ class Page(BaseHTTPRequestHandler):
         if not self.is_own(host) or (origin and urlsplit(origin).netloc != host):
             self.close_connection = True
             return self.say(
-                403, "only the page itself may ask; --names says by which names it is called"
+                403,
+                "only the page itself may ask, called by its address or by one of --names (PAGE_NAMES)",
             )
         length = self.headers.get("Content-Length", "0")
         if not length.isdecimal() or int(length) > LONGEST_BODY:
