@@ -201,7 +201,7 @@ def plot(rows: Sequence[Row], value: str, title: str) -> str:
         return left + place * (width - left - 24)
 
     def y(number: float) -> float:
-        return height - bottom - number / top * (height - bottom - 40)
+        return height - bottom - number / top * (height - bottom - 56)
 
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
@@ -230,8 +230,5 @@ def plot(rows: Sequence[Row], value: str, title: str) -> str:
         parts.append(
             f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
         )
-        parts.append(
-            f'<text x="{width - 28}" y="{36 + 14 * i}" text-anchor="end" fill="{colour}">'
-            f"{escape(name)}</text>"
-        )
+        parts.append(f'<text x="{left + 80 * i}" y="38" fill="{colour}">{escape(name)}</text>')
     return "\n".join([*parts, "</svg>", ""])
