@@ -9,6 +9,7 @@ here it is applied. "TEI" with a file name is huggingface/text-embeddings-infere
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -190,8 +191,18 @@ def _files(model: Model, hardware: Hardware | None) -> Iterator[Result]:
         )
 
 
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+
+
 def _weights(model: Model, hardware: Hardware | None) -> Iterator[Result]:
     names = set(model.files)
+    if "adapter_config.json" in names and not names.isdisjoint(_WEIGHTS):
+        yield (
+            REFUSED,
+            "An adapter stands beside the weights (adapter_config.json), which sentence-transformers "
+            "applies and TEI does not: merge it (PEFT's merge_and_unload) and register that.",
+        )
+        return
     if model.config.get("quantization_config") or model.config.get("quantization"):
         yield REFUSED, "The weights are quantized, which TEI does not read: register the original."
     if "model.safetensors" in names:
@@ -396,6 +407,30 @@ def _fused(model: Model, hardware: Hardware | None) -> Iterator[Result]:
             )
 
 
+def _code(model: Model, hardware: Hardware | None) -> Iterator[Result]:
+    """TEI runs what it has for the model_type, whatever class the model's makers run."""
+    row, config = model.architecture, model.config
+    if row is None or row.own_code:
+        return
+    code = contract.remote_code(config)
+    known = {name for said in row.keys.values() for name in said.get("code", {})}
+    directed = isinstance(config.get("use_bidirectional_attention"), bool)
+    strange = [n for n in model.class_names if row.classes and not re.fullmatch(row.classes, n)]
+    if code is not None and code not in known:
+        yield (
+            WARNED,
+            f"The model comes with code of its own ({code[:60]}), and TEI runs its own {row.name}: if that "
+            "code attends or computes otherwise, the vectors are others; compare them.",
+        )
+    elif strange and not directed and code is None:
+        yield (
+            WARNED,
+            f"config.json names the class {strange[0][:60]}, and TEI runs its own {row.name}, which attends "
+            "to what stands before alone: where the class attends both ways, write "
+            "use_bidirectional_attention into config.json; compare vectors.",
+        )
+
+
 def _jina_v2(model: Model, hardware: Hardware | None) -> Iterator[Result]:
     if not contract.names_jina_v2(model.config):
         yield (
@@ -531,6 +566,12 @@ RULES: tuple[Rule, ...] = (
         _keys,
     ),
     Rule(
+        "code",
+        "The model's class is one that TEI has.",
+        "TEI backends/candle/src/lib.rs:126-154, models/qwen2.rs:22",
+        _code,
+    ),
+    Rule(
         "window",
         "The window is the one that the model was trained with.",
         "huggingface/transformers #47940; TEI models/gemma3.rs:268-273",
@@ -580,6 +621,12 @@ RULES: tuple[Rule, ...] = (
         "TEI backends/candle/src/alibi.rs, models/jina.rs:409-421",
         _alibi,
         lambda model: contract.is_jina_v2(model.config),
+    ),
+    Rule(
+        "one-vector",
+        "The model gives one vector per text.",
+        "sentence-transformers 6.2 base/model.py:1510-1554",
+        module_rules.one_vector,
     ),
     Rule(
         "transformer",

@@ -9,7 +9,8 @@ a row of its own). Its fields:
     dtypes        what TEI computes it in
     mask          what goes wrong in batches where TEI lacks one of our edits (see Mask)
     pooling       modes that work
-    prefixes      of the tensors' names, all that TEI tries; `tensors`: names that must be there
+    prefixes      of the tensors' names, all that TEI tries; `tensors`: names that must be there;
+                  `layer`: what those of the first layer begin with, by who wrote them
     unread        pattern of tensors that the model needs and TEI never reads
     position_offset  positions that no token takes: a number, or pad_token_id for that one plus 1
     positions     keys with the number of positions, first that is there
@@ -17,12 +18,17 @@ a row of its own). Its fields:
     table         TEI builds a table of heads x positions x positions without flash attention
     rope, scalings   where the rotary base stands; scalings of positions that TEI computes
     modules       modules of sentence-transformers that TEI has built in
+    own_code      its models come with their makers' code, which is what TEI implements
+    classes       pattern of transformers' own classes, where others may attend otherwise
     keys          of config.json, see below
     known         keys that both heed, or that change nothing when texts are embedded
 
 A key either has a `type`: TEI needs it and stops without it. What is missing comes `from` another key
 (translated by `map`), else from `default`, which is the architecture's own in transformers (`when`:
 only beside that key). `replace`: so does what TEI cannot parse, because nothing is computed from it.
+`absent` and `null`: what transformers' class takes where the key is not there, or null, and TEI takes
+something else: a value, or the name of the key that has it. `never_null`: TEI takes a missing key, and
+no null.
 `values` are what TEI computes rightly. Or it has `only`: values that change nothing; TEI never reads
 the key, so every other is refused, or repaired by what `repair` writes. `quotient` and `all` are such
 values too: one number divided by another, and a list of nothing else.
@@ -99,6 +105,8 @@ class Architecture:
     rope: str | None = None
     scalings: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
+    own_code: bool = False
+    classes: str | None = None
     fused_activation: bool = False
     bfloat16: bool = False
 
@@ -164,6 +172,7 @@ def _architecture(name: str, row: dict[str, Any]) -> Architecture:
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
     if isinstance(mask := values.get("mask"), dict):
         values["mask"] = Mask(**(mask | {"paths": tuple(mask["paths"])}))
+    values["keys"] = table()["keys"] | row["keys"]
     values["known"] = frozenset(row["known"]) | frozenset(table()["known"])
     return Architecture(name=name, **values)
 
@@ -203,14 +212,30 @@ def sequence_length(files: Mapping[str, Any]) -> int | None:
     From the Sentence Transformers config, else the smaller of tokenizer_config.json's
     model_max_length and the positions (sentence-transformers, Transformer.max_seq_length).
     """
-    config, tokenizer = _object(files, "config.json"), _object(files, "tokenizer_config.json")
+    config, tokenizer = _object(files, "config.json"), tokenizer_config(files)
     path = sentence_config(files)
-    said = count(_object(files, path).get("max_seq_length")) if path else None
-    told = count(tokenizer.get("model_max_length"))
-    if said is None and told is not None and told < _NO_LENGTH:
-        said = told
+    said = _length(_object(files, path).get("max_seq_length")) if path else None
+    told = _length(tokenizer.get("model_max_length"))
+    said = told if said is None else said
     lengths = [n for n in (said, positions(config)) if n]
     return min(lengths) if lengths else None
+
+
+def _length(value: object) -> int | None:
+    """A number of tokens, also one with a point; None for none and for `no limit`."""
+    number = int(value) if isinstance(value, float) and value.is_integer() else count(value)
+    return number if number is not None and 0 < number < _NO_LENGTH else None
+
+
+def tokenizer_config(files: Mapping[str, Any]) -> Mapping[str, Any]:
+    """tokenizer_config.json, and over it what the Sentence Transformers config loads it with."""
+    path = sentence_config(files)
+    said = _object(files, path) if path else {}
+    given = (said.get(key) for key in ("tokenizer_args", "tokenizer_kwargs", "processor_kwargs"))
+    merged = dict(_object(files, "tokenizer_config.json"))
+    for arguments in given:
+        merged |= arguments if isinstance(arguments, dict) else {}
+    return merged
 
 
 def sentence_config(files: Mapping[str, Any]) -> str | None:
@@ -292,13 +317,19 @@ def _required(
 ) -> str | None:
     value, kind = config.get(key), row["type"]
     elsewhere = [v for v in _elsewhere(row, config) if _fits(v, kind)]
+    said = row.get("null" if key in config else "absent")
+    if value is None and said is not None and not elsewhere:
+        value = config.get(said) if isinstance(said, str) else said
+        if value is not None:
+            result.written[key] = value
     if kind == "activation" and isinstance(value, str):
         same = table()["activations"]["same"].get(value)
         if same is not None:
             result.written[key] = value = same
     if value is None or (row.get("replace") and not _fits(value, kind)):
-        code = row.get("code", {}).get(_remote_code(config))
+        code = row.get("code", {}).get(remote_code(config))
         if value is None and row.get("optional") and code is None:
+            result.dropped |= {key} if row.get("never_null") and key in config else set()
             return None
         first = value[0] if isinstance(value, list) and value else None
         candidates = [*elsewhere, first, code]
@@ -408,10 +439,11 @@ def _rope(architecture: Architecture, config: Mapping[str, Any], result: Judgeme
         )
 
 
-def _remote_code(config: Mapping[str, Any]) -> object:
+def remote_code(config: Mapping[str, Any]) -> str | None:
+    """The class of the model's own code, without the repository that it is taken from."""
     auto_map = config.get("auto_map")
     value = auto_map.get("AutoModel") if isinstance(auto_map, dict) else None
-    return value if isinstance(value, str) else None
+    return value.rpartition("--")[2] if isinstance(value, str) else None
 
 
 def _fits(value: object, kind: str) -> bool:
@@ -449,6 +481,12 @@ def _says(key: str, value: object, why: str) -> str:
 
 # Tensors
 
+_ADAPTER = r"(^|\.)(lora_\w+|base_layer|modules_to_save|ia3_l)\."
+"""In the names of tensors while PEFT's adapter stands beside them."""
+
+_BUFFERS = ("position_ids", "token_type_ids", "num_batches_tracked", "inv_freq")
+"""Tensors beside the weights that no model of the table computes with."""
+
 _TENSORS_PER_LAYER = 4
 """No layer of any architecture has fewer; a header with fewer is not a whole model."""
 
@@ -463,11 +501,16 @@ def tensor_problem(
     dtypes = table()["weights"]["dtypes"]
     for name, dtype in tensors.items():
         part = name.rpartition(".")[2]
-        if dtype is not None and dtype not in dtypes and part in ("weight", "bias", "w1", "w2"):
+        if dtype is not None and dtype not in dtypes and part not in _BUFFERS:
             return (
                 f"The tensor {name} is {dtype}, and TEI takes {', '.join(dtypes)}: register the model "
                 "before it was quantized or converted."
             )
+    if added := [name for name in tensors if re.search(_ADAPTER, name)]:
+        return (
+            f"The weights have {added[0]} of an adapter that was not merged, which TEI does not read: "
+            "merge it (PEFT's merge_and_unload) and save the model again."
+        )
     if architecture.unread and (lost := [n for n in tensors if re.search(architecture.unread, n)]):
         return f"The weights have {lost[0]}, which TEI does not read for {architecture.name}."
     wanted = architecture.tensors[0]
@@ -481,5 +524,16 @@ def tensor_problem(
         return (
             f"TEI looks for the tensor {looked}, and the weights have {found}: save the model itself, "
             "not a module around it."
+        )
+    own = [p for p in architecture.prefixes if f"{p}{wanted}" in tensors]
+    last = [layer.replace("0", str(layers - 1)) for layer in architecture.layer]
+    if (
+        whole
+        and own
+        and not any(n.startswith(f"{own[0]}{start}") for n in tensors for start in last)
+    ):
+        return (
+            f"TEI looks for the tensors {own[0]}{last[0]}… of the last layer, and the weights have none: "
+            "save the model again with transformers."
         )
     return None

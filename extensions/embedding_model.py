@@ -313,6 +313,11 @@ def _files(folder: Folder, root: str, name: str) -> dict[str, Entry]:
             file_name = entry.path.rsplit("/", 1)[-1]
             if file_name in ("adapter_config.json", "adapter_model.safetensors"):
                 found[f"{adapter}/{file_name}"] = entry
+    if "adapter_config.json" in entries and any(_is_weight(n) and n not in _PEFT for n in found):
+        raise UnsuitableModelError(
+            f"{name} has an adapter beside its weights (adapter_config.json), which sentence-transformers "
+            "applies and TEI does not: merge it (PEFT's merge_and_unload) and register that."
+        )
     missing = [n for n in ("config.json", "tokenizer.json") if n not in found]
     if not any(_is_weight(n) for n in found):
         if any(n in entries for n in _PEFT):

@@ -42,11 +42,18 @@ _TRANSFORMER = MappingProxyType(
         "query_expansion": (None,),
     }
 )
-_TRANSFORMER_ARGUMENTS = ("model_args", "config_args", "model_kwargs", "config_kwargs")
+_MODEL_ARGUMENTS = ("model_args", "config_args", "model_kwargs", "config_kwargs")
+_TOKENIZER_ARGUMENTS = ("tokenizer_args", "tokenizer_kwargs", "processor_kwargs")
 _HARMLESS_ARGUMENTS = frozenset(
     {"trust_remote_code", "torch_dtype", "dtype", "attn_implementation", "revision", "token"}
     | {"cache_dir", "local_files_only", "device_map", "add_pooling_layer", "code_revision"}
 )
+_TOKENIZER_ARGUMENTS_HEEDED = frozenset(
+    {"model_max_length", "truncation_side", "padding_side", "use_fast", "add_bos_token"}
+    | {"add_eos_token", "clean_up_tokenization_spaces", "add_prefix_space"}
+    | {"do_lower_case", "strip_accents", "tokenize_chinese_chars", "subfolder"}
+)
+"""By tokenizer_rules and contract.sequence_length, or harmless."""
 
 
 def module_list(files: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -148,6 +155,21 @@ def modules(model: Model, hardware: Hardware | None) -> Iterator[Result]:
             yield from _dense(model, module)
 
 
+_MODEL_TYPES = (None, "SentenceTransformer")
+
+
+def one_vector(model: Model, hardware: Hardware | None) -> Iterator[Result]:
+    """Models that give something else than one dense vector say so in one of three places."""
+    kind = model.json("config_sentence_transformers.json").get("model_type")
+    if kind not in _MODEL_TYPES:
+        yield (
+            REFUSED,
+            f"The model is a {str(kind)[:60]}, which gives no single dense vector per text.",
+        )
+    elif names := [n for n in model.class_names if re.search("(?i)colbert|splade", n)]:
+        yield REFUSED, f"{names[0]} gives no single dense vector per text."
+
+
 def _order(model: Model, kept: list[tuple[Mapping[str, Any], str]]) -> str | None:
     kinds = [kind for _, kind in kept]
     if kinds[:1] != ["Transformer"]:
@@ -158,7 +180,12 @@ def _order(model: Model, kept: list[tuple[Mapping[str, Any], str]]) -> str | Non
             f"modules.json lists more than one {twice}, and TEI has one: it pools all texts in the same "
             "way."
         )
-    if "Pooling" in kinds and any(kind == "Dense" for kind in kinds[: kinds.index("Pooling")]):
+    if "Pooling" not in kinds:
+        return (
+            "modules.json has no Pooling, so the model gives a vector per token (late interaction), and "
+            "TEI gives one per text."
+        )
+    if any(kind == "Dense" for kind in kinds[: kinds.index("Pooling")]):
         return "modules.json has a Dense module before the Pooling, and TEI applies them after it."
     if "Normalize" in kinds:
         later = [m for m, kind in kept[kinds.index("Normalize") :] if kind == "Dense"]
@@ -298,13 +325,32 @@ def transformer(model: Model, hardware: Hardware | None) -> Iterator[Result]:
                 f"{path} takes {str(output)[:60]} of the model's {str(method)[:40]}, and TEI the last "
                 "layer's output alone.",
             )
-    for key in _TRANSFORMER_ARGUMENTS:
-        arguments = config.get(key)
-        if isinstance(arguments, dict) and (more := sorted(set(arguments) - _HARMLESS_ARGUMENTS)):
+    if isinstance(modality, dict) and not isinstance(text, dict):
+        yield REFUSED, f"{path} takes no plain texts (modality_config), and TEI takes nothing else."
+    groups = (
+        (_MODEL_ARGUMENTS, _HARMLESS_ARGUMENTS, "config.json"),
+        (
+            _TOKENIZER_ARGUMENTS,
+            _HARMLESS_ARGUMENTS | _TOKENIZER_ARGUMENTS_HEEDED,
+            "the tokenizer's files",
+        ),
+    )
+    for keys, heeded, place in groups:
+        for key in keys:
+            arguments = config.get(key)
+            if isinstance(arguments, dict) and (more := sorted(set(arguments) - heeded)):
+                yield (
+                    REFUSED,
+                    f"{path} loads the model with {key}.{more[0]}, which TEI does not read: write it into "
+                    f"{place} and register that.",
+                )
+    processing = config.get("processing_kwargs")
+    for kind in ("common", "text", "chat_template"):
+        if isinstance(processing, dict) and (given := processing.get(kind)):
             yield (
                 REFUSED,
-                f"{path} loads the model with {key}.{more[0]}, which TEI does not read: write it into "
-                "config.json and register that.",
+                f"{path} tokenizes texts with {kind} {str(given)[:60]} (processing_kwargs), and TEI does "
+                "not: write it into the tokenizer's files and register that.",
             )
 
 
@@ -329,6 +375,8 @@ def length(model: Model, hardware: Hardware | None) -> Iterator[Result]:
                 path: {
                     "max_seq_length": wanted,
                     "do_lower_case": config.get("do_lower_case") is True,
+                    # What the rules on the tokenizer look at next.
+                    **{key: config[key] for key in _TOKENIZER_ARGUMENTS if key in config},
                 }
             },
         )

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from . import contract
 from .findings import FIXED, REFUSED, WARNED, Hardware, Model, Result
 
 PATH, CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -85,7 +86,7 @@ _BY_MODEL_TYPE = {
 
 def settings(model: Model, hardware: Hardware | None) -> Iterator[Result]:
     """What both files say, and how texts are cut."""
-    config, tokenizer = model.json(CONFIG), model.json(PATH)
+    config, tokenizer = contract.tokenizer_config(model.files), model.json(PATH)
     truncation = tokenizer.get("truncation")
     direction = truncation.get("direction") if isinstance(truncation, dict) else None
     if config.get("truncation_side", str(direction).lower()) == "left":
@@ -94,9 +95,10 @@ def settings(model: Model, hardware: Hardware | None) -> Iterator[Result]:
             "The model keeps the end of a too long text (truncation_side: left), and TEI its beginning: "
             "clients of /embed ask for truncation_direction=left, /v1/embeddings cannot.",
         )
-    if not tokenizer or CONFIG not in model.files:
+    if not tokenizer:
         return
     name = _class(model)
+    yield from _unsettled(config, tokenizer, name)
     changed, said = copy.deepcopy(dict(tokenizer)), []
     for setting in SETTINGS:
         if name not in setting.classes:
@@ -111,8 +113,8 @@ def settings(model: Model, hardware: Hardware | None) -> Iterator[Result]:
     if said:
         yield (
             FIXED,
-            f"{PATH}: {' and '.join(dict.fromkeys(said))} was written as {CONFIG} says it, which TEI "
-            "does not read.",
+            f"{PATH}: {' and '.join(dict.fromkeys(said))} was written as {_said_by(model)}, which TEI does "
+            "not read.",
             {PATH: changed},
         )
     for key, classes, usual in _DIFFERENT_SINCE_5:
@@ -122,6 +124,90 @@ def settings(model: Model, hardware: Hardware | None) -> Iterator[Result]:
                 f"{CONFIG} says {key}: {config[key]}, which transformers 5 heeds and 4 and TEI do not: "
                 "compare vectors with those of the version that the model was made with.",
             )
+
+
+def _unsettled(
+    config: Mapping[str, Any], tokenizer: Mapping[str, Any], name: str
+) -> Iterator[Result]:
+    """What some version of transformers takes from the config, and no rule can write."""
+    if isinstance(code := config.get("auto_map"), dict) and code.get("AutoTokenizer"):
+        yield (
+            WARNED,
+            f"The tokenizer comes with code of its own ({CONFIG}, auto_map), and TEI reads {PATH} alone: "
+            "compare vectors.",
+        )
+    # transformers 4.46 and newer write it into any tokenizer, 5 into those of SETTINGS.
+    prefix, known = config.get("add_prefix_space"), {c for s in SETTINGS for c in s.classes}
+    parts = _parts(tokenizer.get("pre_tokenizer"), "ByteLevel")
+    asked = isinstance(prefix, bool) and name not in known and name not in _OWN_PREFIX
+    if asked and any(part.get("add_prefix_space") is not prefix for part in parts):
+        yield (
+            WARNED,
+            f"{CONFIG} says add_prefix_space: {str(prefix).lower()}, which only some versions of "
+            f"transformers heed, and {PATH} the other: compare vectors.",
+        )
+    listed = (config.get(key) for key in _ADDED)
+    tokens = [t for said in listed if isinstance(said, dict | list) for t in _values(said)]
+    if lost := [c for t in tokens if (c := _text(t)) and _number(tokenizer, c) is None]:
+        yield (
+            WARNED,
+            f"{CONFIG} has tokens that {PATH} lacks ({len(lost)}, first {lost[0][:40]}), which transformers "
+            "adds and TEI splits: save the tokenizer again if your texts hold them.",
+        )
+
+    if config.get("split_special_tokens") is True:
+        yield (
+            WARNED,
+            f"{CONFIG} says split_special_tokens, so transformers takes special tokens in texts for plain "
+            "ones, and TEI does not.",
+        )
+    if name in _REBUILT and (differs := _differing(config, tokenizer)):
+        yield (
+            WARNED,
+            f"{CONFIG} says {differs}, and {PATH} another, which transformers 5 replaces and 4 and TEI "
+            "keep: compare vectors.",
+        )
+    normalizer = tokenizer.get("normalizer")
+    if (
+        name in _BERT
+        and isinstance(normalizer, dict)
+        and normalizer.get("type") != "BertNormalizer"
+    ):
+        yield (
+            WARNED,
+            f"{PATH} normalizes texts by more than a BertNormalizer, which transformers 5 replaces and 4 "
+            "and TEI keep: compare vectors.",
+        )
+
+
+def _said_by(model: Model) -> str:
+    return f"{CONFIG} says it" if CONFIG in model.files else f"{_class(model)} takes it by default"
+
+
+def _differing(config: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> str | None:
+    """The first of the special tokens around a text that both files name, and differently."""
+    model, processor = tokenizer.get("model"), tokenizer.get("post_processor")
+    for key, place in (("cls_token", 0), ("sep_token", -1)):
+        token, found = _text(config.get(key)), _ends(processor, place)
+        if token and found and _number(tokenizer, token) not in found:
+            return f"{key}: {token[:40]}"
+    token = _text(config.get("unk_token"))
+    said = model.get("unk_token") if isinstance(model, dict) else None
+    return f"unk_token: {token[:40]}" if token and said and token != said else None
+
+
+def _values(said: dict[str, Any] | list[Any]) -> list[Any]:
+    return list(said.values()) if isinstance(said, dict) else said
+
+
+_ADDED = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens")
+"""Keys that list tokens, as texts or objects."""
+
+_REBUILT = (*_BERT, *_BYTE_LEVEL, "XLMRobertaTokenizer", "CamembertTokenizer", "DebertaV2Tokenizer")
+"""Classes whose tokenizer transformers 5 builds from their own settings."""
+
+_OWN_PREFIX = ("LlamaTokenizer", "XLMRobertaTokenizer", "CamembertTokenizer", "DebertaV2Tokenizer")
+"""Those of _DIFFERENT_SINCE_5, whose prefix is another component."""
 
 
 def lower_case(model: Model, hardware: Hardware | None) -> Iterator[Result]:
@@ -155,7 +241,7 @@ def special_tokens(model: Model, hardware: Hardware | None) -> Iterator[Result]:
 
     transformers 5 drops both wherever tokenizer.json is there, so a comparison with it sees nothing.
     """
-    config, tokenizer = model.json(CONFIG), model.json(PATH)
+    config, tokenizer = contract.tokenizer_config(model.files), model.json(PATH)
     auto_map = model.config.get("auto_map")
     code = auto_map.get("AutoModel") if isinstance(auto_map, dict) else None
     if not tokenizer or (model.model_type == "qwen2" and code == "modeling_qwen.Qwen2Model"):
@@ -163,10 +249,17 @@ def special_tokens(model: Model, hardware: Hardware | None) -> Iterator[Result]:
     changed = copy.deepcopy(dict(tokenizer))
     added = []
     for key, name, place in (("add_bos_token", "bos_token", 0), ("add_eos_token", "eos_token", -1)):
-        if config.get(key) is not True:
-            continue
         token = _text(config.get(name))
         number = _number(tokenizer, token)
+        if config.get(key) is False and number in _ends(tokenizer.get("post_processor"), place):
+            yield (
+                WARNED,
+                f"{CONFIG} says {key}: false, which transformers 4 heeded, and {PATH} adds {token} all the "
+                "same, as transformers 5 does: compare vectors with those of the version that the model "
+                "was made with.",
+            )
+        if config.get(key) is not True:
+            continue
         if token is None or number is None:
             yield (
                 REFUSED,
@@ -186,8 +279,9 @@ def special_tokens(model: Model, hardware: Hardware | None) -> Iterator[Result]:
 
 
 def _class(model: Model) -> str:
-    said = model.json(CONFIG).get("tokenizer_class")
-    name = said if isinstance(said, str) else _BY_MODEL_TYPE.get(model.model_type, "")
+    said = (model.json(name).get("tokenizer_class") for name in (CONFIG, "config.json"))
+    usual = _BY_MODEL_TYPE.get(model.model_type, "")
+    name = next((name for name in said if isinstance(name, str)), usual)
     return name.removesuffix("Fast")
 
 

@@ -67,6 +67,7 @@ def judged(content: Files, **more: Any) -> tuple[str | None, dict[str, str], Fil
         ("new", {"position_embedding_type": "absolute"}, "rotary"),
         ("new", {"logn_attention_scale": True}, "does not start"),
         ("new", {"layer_norm_type": "rms_norm"}, "LayerNorm"),
+        ("new", {"pack_qkv": False}, "one tensor"),
         ("new", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
         ("qwen3", {"attention_bias": True}, "bias"),
         ("qwen3", {"use_sliding_window": True}, "sliding window"),
@@ -100,6 +101,11 @@ def test_what_tei_would_compute_otherwise_is_refused(kind, config, said):
         ("qwen3", {"eos_token_id": [151645, 151643]}, {"eos_token_id": 151645}),
         ("qwen3", {"eos_token_id": None}, {"eos_token_id": 0}),
         ("qwen3", {"use_sliding_window": ...}, {"use_sliding_window": False}),
+        ("qwen3", {"head_dim": ...}, {"head_dim": 128}),  # transformers' class; TEI: sizes divided
+        ("qwen3", {"num_key_value_heads": None}, {"num_key_value_heads": 16}),
+        ("qwen3", {"pad_token_id": -1}, {"pad_token_id": 0}),  # TEI's router parses it of every model
+        ("new", {"pad_token_id": [0]}, {"pad_token_id": 0}),
+        ("bert", {"use_cache": "no"}, {"use_cache": True}),
         ("qwen3", {"is_causal": False}, {"use_bidirectional_attention": True}),
         ("qwen3", {"rope_theta": ..., "rope_parameters": {"rope_type": "default", "rope_theta": 5.0}},
          {"rope_theta": 5.0}),
@@ -111,6 +117,65 @@ def test_what_tei_does_not_read_is_written_as_it_does(kind, config, written):
     assert said["keys"] == FIXED
     assert {key: after["config.json"][key] for key in written} == written
     assert "keys" not in judged(after)[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [("bert", "position_embedding_type"), ("bert", "use_cache"), ("new", "logn_attention_scale")],
+)
+def test_a_null_that_tei_cannot_parse_is_left_out(kind, key):
+    refused, said, after = judged(model(kind, **{key: None}))
+    assert (refused, said["keys"]) == (None, FIXED)
+    assert key not in after["config.json"]
+
+
+def test_what_transformers_takes_of_a_missing_or_empty_key_is_written():
+    rows = contract.architectures()
+    config = {"global_rope_theta": 7e4, "local_rope_theta": None}
+    written = contract.judge(rows["modernbert"], config).written
+    assert written["local_rope_theta"] == 7e4  # null: that of the global layers
+    assert contract.judge(rows["modernbert"], {}).written["local_rope_theta"] == 10000.0
+    heads = {"num_attention_heads": 8}
+    assert contract.judge(rows["llama"], heads).written["num_key_value_heads"] == 8
+    assert contract.judge(rows["gemma3_text"], {}).written["sliding_window"] == 4096
+    assert contract.judge(rows["mistral"], {}).written["sliding_window"] == 4096
+    assert "sliding_window" not in contract.judge(rows["mistral"], {"sliding_window": None}).written
+
+
+QWEN2 = {
+    "architectures": ["Qwen2Model"], "model_type": "qwen2", "hidden_size": 64, "vocab_size": 308,
+    "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "rope_theta": 1e6, "hidden_act": "silu",
+    "rms_norm_eps": 1e-6, "use_sliding_window": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("more", "causal", "code"),
+    [
+        ({}, None, None),
+        ({"auto_map": {"AutoModel": "modeling_qwen.Qwen2Model"}}, False, None),
+        ({"auto_map": {"AutoModel": "acme/it--modeling_qwen.Qwen2Model"}}, False, None),
+        ({"auto_map": {"AutoModel": "modeling_two_way.Qwen2TwoWay"}}, None, WARNED),
+        ({"architectures": ["Qwen2BiModel"]}, None, WARNED),
+        ({"architectures": ["Qwen2ForCausalLM"]}, None, None),
+        ({"architectures": ["Qwen2BiModel"], "use_bidirectional_attention": True}, False, None),
+    ],
+)
+def test_code_that_attends_otherwise_is_heeded_or_told(more, causal, code):
+    content = model("qwen3")
+    content["config.json"] = QWEN2 | more
+    refused, said, after = judged(content)
+    assert refused is None
+    assert after["config.json"].get("is_causal") is causal
+    assert said.get("code") == code
+
+
+def test_code_of_another_architecture_is_told():
+    code = {"AutoModel": "acme/it--modeling_bert.BertWithGates"}
+    assert judged(model("bert", auto_map=code))[1]["code"] == WARNED
+    assert "code" not in judged(model("nomic_bert"))[1]
+    assert "code" not in judged(model("new"))[1]
 
 
 def test_a_key_that_nobody_has_compared_is_a_remark():
@@ -183,6 +248,8 @@ def with_modules(*kinds: str, **dense: Any) -> Files:
         (("Transformer", "Pooling", "Normalize", "Dense"), {"activation_function": ...}, "normalizes"),
         (("Transformer", "Dense", "Pooling"), {}, "before the Pooling"),
         (("Pooling", "Normalize"), {}, "does not begin with"),
+        (("Transformer", "Dense"), {}, "late interaction"),
+        (("Transformer", "Normalize"), {}, "late interaction"),
         (("Transformer", "Pooling", "Dense"), {"use_residual": True}, "use_residual"),
         (("Transformer", "Pooling", "Dense"), {"module_output_name": "token_embeddings"}, "works on"),
         (("Transformer", "Pooling", "Dense"), {"activation_function": "torch.nn.ReLU"}, "Tanh and"),
@@ -229,12 +296,47 @@ def test_the_pooling_is_the_one_that_modules_json_names():
         {"transformer_task": "fill-mask"},
         {"query_expansion": {"strategy": "fixed", "length": 32}},
         {"config_args": {"output_hidden_states": True}},
+        {"tokenizer_args": {"vocab_file": "other.txt"}},
+        {"processor_kwargs": {"split_special_tokens": True}},
+        {"processing_kwargs": {"text": {"add_special_tokens": False}}},
+        {"modality_config": {"image": {"method": "forward"}}},
     ],
 )
 def test_another_layers_output_is_refused(config):
     content = model("bert")
     content["sentence_bert_config.json"] |= config
     assert judged(content)[1]["transformer"] == REFUSED
+
+
+@pytest.mark.parametrize(
+    ("path", "config"),
+    [
+        ("config_sentence_transformers.json", {"model_type": "SparseEncoder"}),
+        ("config_sentence_transformers.json", {"model_type": "MultiVectorEncoder"}),
+        ("config.json", {"architectures": ["HF_ColBERT"]}),
+        ("config.json", {"architectures": ["BertForSplade"]}),
+    ],
+)
+def test_what_gives_no_single_vector_is_refused(path, config):
+    content = model("bert")
+    content[path] = content.get(path, {}) | config
+    assert judged(content)[1]["one-vector"] == REFUSED
+    content[path] |= {"model_type": "SentenceTransformer"} if "model_type" in config else {}
+    assert path == "config.json" or judged(content)[0] is None
+
+
+def test_arguments_of_the_tokenizer_count_as_its_own_config():
+    """Whatever the name: sentence-transformers renamed them twice."""
+    for name in ("tokenizer_args", "tokenizer_kwargs", "processor_kwargs"):
+        content = model("bert")
+        arguments = {"do_lower_case": False, "model_max_length": 100, "trust_remote_code": True}
+        content["sentence_bert_config.json"] = {name: arguments}
+        content["tokenizer_config.json"] = {"tokenizer_class": "BertTokenizer"}
+        content["tokenizer.json"] = tiny.tokenizer() | {"normalizer": dict(NORMALIZER)}
+        refused, _, after = judged(content)
+        assert refused is None
+        assert after["tokenizer.json"]["normalizer"]["lowercase"] is False
+        assert after["sentence_bert_config.json"]["max_seq_length"] == 100
 
 
 @pytest.mark.parametrize("mode", ["cls", "mean", "last-token"])
@@ -246,8 +348,9 @@ def test_only_poolings_that_work_are_answered(kind, mode):
 
 @pytest.mark.parametrize(
     ("told", "sentence", "expected"),
-    [(128, None, 128), (10**30, None, None), (128, 64, 64), (512, None, None), (600, None, None)],
-)
+    [(128, None, 128), (128.0, None, 128), (10**30, None, None), (1e30, None, None), (128, 64, 64),
+     (512, None, None), (600, None, None)],
+)  # fmt: skip
 def test_the_length_is_what_sentence_transformers_takes(told, sentence, expected):
     content = model("bert")
     del content["sentence_bert_config.json"]
@@ -304,7 +407,21 @@ def test_what_only_tokenizer_config_says_is_written_into_the_copy(kind, key, val
         part = written if "normalizers" not in written else written["normalizers"][1]
         assert part[field] is value
         assert content["tokenizer.json"]["normalizer"] == normalizer  # the original is not touched
-        assert "tokenizer" not in judged(after)[1]
+        # A sequence is one that transformers 5 replaces.
+        left = WARNED if "normalizers" in normalizer else None
+        assert judged(after)[1].get("tokenizer") == left
+
+
+def test_what_a_tokenizer_takes_by_default_is_written_too():
+    """transformers lowers the texts of a BERT that has no tokenizer_config.json."""
+    content = model("bert")
+    content.pop("tokenizer_config.json", None)
+    cased = dict(NORMALIZER) | {"lowercase": False}
+    content["tokenizer.json"] = tiny.tokenizer() | {"normalizer": cased}
+    content["sentence_bert_config.json"]["do_lower_case"] = False
+    _, said, after = judged(content)
+    assert said["tokenizer"] == FIXED
+    assert after["tokenizer.json"]["normalizer"]["lowercase"] is True
 
 
 def test_a_prefix_space_and_lower_case_are_written_and_left_sides_told():
@@ -349,6 +466,46 @@ def test_the_end_token_is_added_where_tokenizer_config_asks_for_it(processor):
     assert "special-tokens" not in judged(after)[1]
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (
+            {"tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": True},
+            "add_prefix_space",
+        ),
+        ({"auto_map": {"AutoTokenizer": ["tokenization_it.Slow", None]}}, "code of its own"),
+        ({"added_tokens_decoder": {"999": {"content": "<query>"}}}, "first <query>"),
+        ({"additional_special_tokens": ["<query>"]}, "first <query>"),
+        ({"extra_special_tokens": {"query_token": "<query>"}}, "first <query>"),
+        ({"split_special_tokens": True}, "split_special_tokens"),
+        ({"tokenizer_class": "RobertaTokenizer", "cls_token": "[MASK]"}, "cls_token: [MASK]"),
+        ({"tokenizer_class": "BertTokenizerFast", "sep_token": {"content": "w1"}}, "sep_token: w1"),
+        ({"tokenizer_class": "MPNetTokenizer", "unk_token": "w2"}, "unk_token: w2"),
+        ({"add_eos_token": False, "eos_token": "[SEP]"}, "add_eos_token: false"),
+        ({"add_bos_token": False, "bos_token": {"content": "[CLS]"}}, "add_bos_token: false"),
+    ],
+)
+def test_what_versions_of_transformers_differ_in_is_told(config, said):
+    content = model("qwen3")
+    prefix = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    content["tokenizer.json"] = tiny.tokenizer() | {"pre_tokenizer": prefix}
+    content["tokenizer_config.json"] = config
+    findings = compatibility.check(content, pooling="mean")
+    assert any(said in f.message for f in findings if f.outcome == WARNED)
+    known = {"added_tokens_decoder": {"0": {"content": "[CLS]"}}, "add_prefix_space": False,
+             "add_eos_token": True, "eos_token": "[SEP]"}  # fmt: skip
+    content["tokenizer_config.json"] = known
+    assert {"tokenizer", "special-tokens"}.isdisjoint(judged(content)[1])
+
+
+def test_the_tokenizer_class_may_stand_in_config_json():
+    content = model("new", tokenizer_class="RobertaTokenizer")
+    prefix = {"type": "ByteLevel", "add_prefix_space": False}
+    content["tokenizer.json"] = tiny.tokenizer() | {"pre_tokenizer": prefix}
+    content["tokenizer_config.json"] = {"add_prefix_space": True}
+    assert judged(content)[2]["tokenizer.json"]["pre_tokenizer"]["add_prefix_space"] is True
+
+
 # Weights
 
 
@@ -358,6 +515,31 @@ def test_weights_of_another_type_are_refused(dtype):
     assert dtype in str(judged(model("bert"), tensors=tensors)[0])
     fine = {"embeddings.word_embeddings.weight": "BF16", "embeddings.position_ids": "I64"}
     assert judged(model("bert"), tensors=fine)[0] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "said"),
+    [
+        ("encoder.layer.0.attention.self.query.qweight", "I32", "I32"),
+        ("encoder.layer.0.output.dense.SCB", "I8", "I8"),
+        ("encoder.layer.0.attention.self.query.base_layer.weight", "F32", "not merged"),
+        ("encoder.layer.0.attention.self.query.lora_A.default.weight", "F32", "not merged"),
+        ("classifier.modules_to_save.default.weight", "F32", "not merged"),
+        ("embeddings.token_type_ids", "I64", None),
+    ],
+)
+def test_weights_that_are_packed_or_not_merged_are_refused(name, dtype, said):
+    tensors = {"embeddings.word_embeddings.weight": "F32", name: dtype}
+    refused = judged(model("bert"), tensors=tensors)[0]
+    assert (refused is None) if said is None else (said in str(refused))
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_an_adapter_beside_the_weights_is_refused(weights):
+    content = model("bert")
+    del content["model.safetensors"]
+    content |= {weights: None, "adapter_config.json": {"base_model_name_or_path": "acme/it"}}
+    assert "merge it" in str(judged(content)[0])
 
 
 @pytest.mark.parametrize(
@@ -374,6 +556,18 @@ def test_weights_of_another_type_are_refused(dtype):
 )
 def test_tensors_are_looked_for_where_tei_looks(kind, name, fits):
     assert (judged(model(kind), tensors={name: "F32"})[0] is None) == fits
+
+
+def test_layers_under_other_names_are_refused():
+    """The embeddings are where TEI looks, and the layers as another library calls them, or too few."""
+    for layer, layers, fits in (
+        ("encoder.layer", 24, True),
+        ("layers", 24, False),
+        ("encoder.layer", 23, False),
+    ):
+        names = [f"{layer}.{n}.{part}.weight" for n in range(layers) for part in range(8)]
+        tensors = dict.fromkeys(["embeddings.word_embeddings.weight", *names], "F32")
+        assert (judged(model("bert", num_hidden_layers=24), tensors=tensors)[0] is None) == fits
 
 
 def test_whole_weights_under_other_names_are_refused():
@@ -465,6 +659,36 @@ def test_what_log_model_saves_today_is_served_rightly(name, tmp_path):
     expected = tiny.saved_again(tiny.build(name, tmp_path / "first"), saved)
     served = program.repaired(saved, "mean", edited=True)
     found = program.Program(edited=True).vectors(served, "mean")
+    assert tiny.worst(found["alone"], expected) > program.RIGHT
+    assert found["batches"] > program.ALONE
+
+
+THETA = {kind: {"rope_type": "default", "rope_theta": 300.0}
+         for kind in ("full_attention", "sliding_attention")}  # fmt: skip
+
+
+@pytest.mark.reference
+@pytest.mark.skipif(real_tei.router(edited=True) is None, reason=real_tei.LEFT_OUT)
+@NEEDS_REFERENCE
+@pytest.mark.parametrize(
+    ("name", "spoilt", "built"),
+    [
+        ("bert", {"use_cache": None}, {}),
+        ("qwen3", {"head_dim": ...}, {"head_dim": 128}),
+        ("gte", {"pad_token_id": [0]}, {}),
+        ("modernbert", {"local_rope_theta": None, "global_rope_theta": 300.0, "rope_parameters": ...},
+         {"rope_parameters": THETA}),
+    ],
+)  # fmt: skip
+def test_what_transformers_takes_and_tei_does_not_parse_is_repaired(name, spoilt, built, tmp_path):
+    folder = tiny.build(name, tmp_path / "model", **built)
+    expected, path = tiny.vectors(folder), folder / "config.json"
+    config = json.loads(path.read_text()) | spoilt
+    tiny.write(path, {key: value for key, value in config.items() if value is not ...})
+    real = program.Program(edited=True)
+    with pytest.raises(real_tei.NotServing):
+        real.vectors(folder, "mean")
+    found = real.vectors(program.repaired(folder, "mean", edited=True), "mean")
     assert tiny.worst(found["alone"], expected) > program.RIGHT
     assert found["batches"] > program.ALONE
 

@@ -18,7 +18,7 @@ from .errors import ConfigurationError, UnsuitableModelError
 from .pin import JINA_V3, Pin
 from .reading import UnreadableError, document
 
-REVISION = 2
+REVISION = 3
 """Raise it when the rules below change: folders that were prepared by older rules are made anew."""
 
 LONGEST_CONFIG = 64 << 20
