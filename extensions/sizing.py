@@ -69,6 +69,11 @@ _PROCESS_BYTES = {True: 512 * MIB, False: 96 * MIB}
 On a CPU MiniLM took 154 MiB in all with 16 texts and 244 with 1,024 in the queue (measured 2026-11-25).
 """
 
+_ANSWERS_BYTES = GIB
+"""Of a pod on a CPU, beside what it asks for: long answers. /tokenize takes no place in TEI's queue, and
+thirty requests of 0.5 MB at once took 955 MiB of MiniLM, where 180 were in use (measured 2026-11-28).
+"""
+
 _BYTES_PER_TOKEN_OF_VOCABULARY = 600
 """Of one copy of the tokenizer in memory; each worker has its own (TEI #766). Assumed."""
 
@@ -619,7 +624,12 @@ def tei_resources(facts: Facts, gpu: Accelerator, memory: Memory, workers: int) 
         passing = _stored_bytes(facts) + position_table_bytes(facts, gpu)
         parts.append(f"up to {_mib(passing)} MiB of weights on their way to the GPU")
     step = 256 if gpu.is_gpu else 32
-    headroom, share = (needed // 4, "a quarter") if gpu.is_gpu else (needed // 2, "a half")
+    if gpu.is_gpu:
+        headroom, share = needed // 4, "a quarter"
+    elif needed // 2 > _ANSWERS_BYTES:
+        headroom, share = needed // 2, "a half"
+    else:
+        headroom, share = _ANSWERS_BYTES, f"{_mib(_ANSWERS_BYTES)} MiB"
     return Resources(
         cpu_request="2" if gpu.is_gpu else "1" if one_thread(facts, gpu) else "4",
         cpu_limit="2" if one_thread(facts, gpu) else "4",

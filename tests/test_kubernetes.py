@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -739,6 +740,23 @@ def test_only_what_clients_call_is_routed(every: list[Built]) -> None:
             yield f"{routed}"
 
     assert problems(every, check) == []
+
+
+@pytest.mark.parametrize("mlflow_auth", ["none", "token", "basic", "keycloak"])
+def test_readers_create_the_namespace_before_what_is_in_it(
+    mlflow_auth: str, pin_of: PinOf, render: Any
+) -> None:
+    model = "BAAI/bge-base-en-v1.5"
+    given = {"image_pull_secret": "registry", "ca_config_map": "ca", "mlflow_auth": mlflow_auth}
+    folder = render(model_id=model, pin=pin_of(model), components=["api-key", "ingress"], **given)
+    for path, first in (
+        ("README.md", "make namespace"),
+        ("images/tei/README.md", "create namespace"),
+    ):
+        text = (folder / path).read_text()
+        creates = re.findall(r"kubectl --namespace \S+ create (?:secret|configmap)", text)
+        assert len(creates) >= 1 + 3 * (path == "README.md")
+        assert text.index(first) < text.index(creates[0])
 
 
 @pytest.mark.parametrize("routed", ["gateway", "ingress"])
