@@ -71,7 +71,8 @@ On a CPU MiniLM took 154 MiB in all with 16 texts and 244 with 1,024 in the queu
 
 _ANSWERS_BYTES = GIB
 """Of a pod on a CPU, beside what it asks for: long answers. /tokenize takes no place in TEI's queue, and
-thirty requests of 0.5 MB at once took 955 MiB of MiniLM, where 180 were in use (measured 2026-11-28).
+thirty requests of 0.5 MB at once took 955 and 1,244 MiB with MiniLM, where 180 were in use (measured
+2026-11-28, two runs).
 """
 
 _BYTES_PER_TOKEN_OF_VOCABULARY = 600
