@@ -50,6 +50,8 @@ class Container:
     tei_port: int
     started: subprocess.Popen[str] | None = None
     variables: dict[str, str] = field(default_factory=dict)
+    command: tuple[str, ...] = ()
+    """Words before its own command."""
 
     @property
     def stub(self) -> Path:
@@ -67,7 +69,7 @@ class Container:
         }
         self.log = (self.folder / "log").open("w+")
         self.started = subprocess.Popen(
-            ["bash", str(script)],
+            [*self.command, "bash", str(script)],
             env=environment | SECRETS | BAIT | variables,
             stdout=self.log,
             stderr=self.log,
@@ -306,6 +308,34 @@ def test_tei_gets_no_variable_that_it_could_misread_and_no_secret(
     assert not set(environment) & {*SECRETS, *BAIT, "MODEL_ID"}
     for secret in SECRETS.values():
         assert secret not in container.said
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
+def test_no_secret_is_ever_in_a_process_s_arguments(
+    make: Callable[..., Container], files: Path
+) -> None:
+    """Not for a moment, not even of a program that becomes TEI: /proc shows them to every user."""
+    container = make()
+    mounted(container, files)
+    trace = container.folder / "trace"
+    container.command = (
+        "strace",
+        "-f",
+        "-qq",
+        "-s",
+        "4000",
+        "-e",
+        "trace=execve",
+        "-o",
+        str(trace),
+    )
+    container.serve(MODEL_ID=MODEL, API_KEY="key-of-clients-7c7c")
+
+    assert container.tei["environment"]["API_KEY"] == "key-of-clients-7c7c"
+    called = trace.read_text()
+    assert "text-embeddings-router" in called
+    for secret in ("key-of-clients-7c7c", *SECRETS.values()):
+        assert secret not in called
 
 
 @pytest.mark.parametrize(
