@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import socket
 import string
 from urllib.parse import quote, urljoin, urlsplit
 
@@ -102,6 +103,15 @@ def place(url: str) -> str:
     """A URL as it may be shown: no user, no query (a presigned one is a credential)."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def leads_to_metadata(host: str) -> bool:
+    """Whether a host is the number of one that is never asked, in any form that a resolver takes."""
+    try:
+        found = socket.getaddrinfo(host, None, flags=socket.AI_NUMERICHOST)
+    except (OSError, UnicodeError):
+        return False
+    return any(never_asked(str(address[0])) for *_, address in found)
 
 
 def never_asked(address: str) -> bool:

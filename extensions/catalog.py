@@ -14,7 +14,7 @@ import yaml
 from .embedding_model import Facts, printable
 from .errors import ConfigurationError
 from .pin import JINA_V3, Pin
-from .registry import registered_name
+from .registry import registered_name, workspace
 
 _JINA_V3_CONVERTED: Mapping[str, Any] = MappingProxyType(
     {
@@ -100,6 +100,7 @@ def resolve(model_id: str, selector: str) -> Pin:
         files=(),
         facts=model.facts,
         conversion={"kind": JINA_V3} if model.facts.class_name == "XLMRobertaLoRA" else None,
+        workspace=workspace(),
     )
 
 

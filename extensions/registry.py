@@ -340,7 +340,7 @@ class Registry:
             )
         run_id = text(info.get("source_run_id") or "", "source_run_id", r"[0-9A-Za-z_-]*") or None
         params = mapping(model.get("data", {}), "its data").get("params", [])
-        uri = text(info["artifact_uri"], "artifact_uri").rstrip("/")
+        uri = _below(text(info["artifact_uri"], "artifact_uri").rstrip("/"), "")
         return ModelVersion(name, version, run_id, model_id, uri, _hub_id(params), "")
 
     def _run(self, run_id: str, of: str) -> tuple[Mapping[str, Any], str | None]:
@@ -827,7 +827,12 @@ def _folder(path: str) -> str:
 
 
 def _below(root: str, folder: str) -> str:
-    """The URI of a folder below another: what ends a path in a URI is quoted, a space is not."""
+    """The URI of a folder below another: what ends a path in a URI is quoted, a space is not.
+
+    Roots on servers and disks are quoted already; those of other stores MLflow takes as they are.
+    """
+    if not re.match(r"(mlflow-artifacts|https?|file):", root):
+        root = root.replace("%", "%25")
     quoted = re.sub(r"[%?#]", lambda m: f"%{ord(m[0]):02X}", folder)
     return f"{root}/{quoted}" if quoted else root
 

@@ -65,6 +65,8 @@ def resolve(pin: Pin, settings: Settings, console: Console) -> Pin:
     """A pin with a version: the one that was given, or what the registry says now."""
     if pin.version is not None:
         return pin
+    if pin.workspace:
+        os.environ["MLFLOW_WORKSPACE"] = pin.workspace  # MLflow's client reads it by itself
     try:
         found = pins.resolve(pin.model_id, pin.selector)
     except UnreachableError:

@@ -15,12 +15,13 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from . import auth, registry
-from .addresses import BadAddress, checked, origin, origin_text, place
+from .addresses import BadAddress, checked, leads_to_metadata, origin, origin_text, place
 from .console import Console
 from .embedding_model import PinnedFile
 from .failures import (
@@ -223,11 +224,15 @@ class Presigned(Signed):
         credentials: auth.Credentials,
         trust: Trust,
         timeout: float,
+        own: bool = True,
     ) -> None:
-        """folder: of the artifact, below the run's root where run_id is given, else below the proxy's."""
+        """folder: of the artifact, below the run's root where run_id is given, else below the proxy's.
+
+        own: whether the settings name the server
+        """
         super().__init__(trust)
         self._uri, self._pin, self._folder, self._run_id = tracking_uri, pin, folder, run_id
-        self._credentials, self._timeout = credentials, timeout
+        self._credentials, self._timeout, self._own = credentials, timeout, own
         self.name = f"presigned by {origin_text(tracking_uri)}"
 
     def check(self) -> None:
@@ -283,7 +288,7 @@ class Presigned(Signed):
             raise UnreachableError(
                 f"MLflow signs an address without TLS for {file.source}, whose digest is not pinned"
             )
-        own = origin(url) == origin(self._uri)
+        own = self._own and origin(url) == origin(self._uri)
         return Request(url, store_headers(answer.get("headers")), own=own)
 
     def _ask(self, request: Request) -> dict[str, Any] | None:
@@ -293,7 +298,8 @@ class Presigned(Signed):
         """
         for _ in range(2):
             headers = self._credentials.headers()
-            reply = ask(request.with_headers(**headers), self.trust, self._timeout)
+            asked = replace(request.with_headers(**headers), own=self._own)
+            reply = ask(asked, self.trust, self._timeout)
             if reply.status not in (401, 403) or not self._credentials.renew(headers):
                 break
         # Not 500: MLflow answers so where it lacks what is asked for.
@@ -392,29 +398,38 @@ class ClientStore(Source):
     """Any other store that MLflow's client knows, through the client: one file after another."""
 
     def __init__(self, artifact_uri: str) -> None:
-        self._uri = artifact_uri.rstrip("/")
+        # MLflow's client takes the keys of a store as they are: what is quoted is no part of a root.
+        uri = artifact_uri.rstrip("/")
+        parts = urlsplit(uri)
+        cut = parts.path.rfind("/", 0, f"{parts.path}%".index("%")) if "%" in parts.path else None
+        self._root = parts._replace(path=parts.path[:cut]).geturl() if cut is not None else uri
+        self._folder = unquote(parts.path[cut:]).strip("/") if cut is not None else ""
+        self._host = parts.hostname or ""
         self.name = f"MLflow's client from {place(artifact_uri)}"
 
     def check(self) -> None:
         try:
-            import mlflow.artifacts  # noqa: F401 - 1 s and 80 MB, so only for these stores
+            from mlflow.store.artifact import (  # noqa: F401 - 1 s and 80 MB, so only for these
+                artifact_repository_registry,
+            )
         except ImportError:
             raise ConfigurationError(
-                f"{place(self._uri)} needs MLflow's client: build the image with it"
+                f"{place(self._root)} needs MLflow's client: build the image with it"
             ) from None
+        if leads_to_metadata(self._host):
+            raise _no_artifact_uri("it is one that no store is at")
 
     def download(self, file: PinnedFile, target: Path) -> None:
         """Puts one file at `target`, by way of a private folder beside it."""
-        import mlflow.artifacts
         from mlflow.exceptions import MlflowException
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
         private = target.with_name(target.name + ".client")
         shutil.rmtree(private, ignore_errors=True)
         private.mkdir(parents=True)
         try:
-            got = mlflow.artifacts.download_artifacts(
-                artifact_uri=f"{self._uri}/{file.source}", dst_path=str(private)
-            )
+            path = f"{self._folder}/{file.source}".lstrip("/")
+            got = get_artifact_repository(self._root).download_artifacts(path, str(private))
             shutil.move(got, target)
         except (MlflowException, ImportError, OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -444,17 +459,18 @@ def candidates(pin: Pin, settings: Settings) -> Iterator[Source]:
             credentials = auth.InWorkspace(credentials, workspace)
         tracking = address(environ, "MLFLOW_TRACKING_URI")
     if parts.scheme == "mlflow-artifacts":
+        own = True
         if parts.netloc:
             host = _checked(f"{urlsplit(tracking or 'http:').scheme}://{parts.netloc}")
-            if origin(host) != origin(tracking or host):
+            own = tracking is not None and origin(host) == origin(tracking)
+            if not own:
                 credentials = auth.Credentials()  # they belong to the tracking server alone
             tracking = host
         if not tracking:
             raise ConfigurationError("MLFLOW_TRACKING_URI is missing: the address of MLflow")
-        yield Presigned(tracking, pin, folder, None, credentials, trust, timeout)
-        yield Proxied(
-            f"{tracking}{API}/mlflow-artifacts/artifacts/{quote(folder)}", credentials, trust
-        )
+        base = f"{tracking}{API}/mlflow-artifacts/artifacts/{quote(folder)}"
+        yield Presigned(tracking, pin, folder, None, credentials, trust, timeout, own)
+        yield Proxied(base, credentials, trust, own)
     elif parts.scheme in ("http", "https"):
         base = _checked(uri)
         known = tracking is not None and origin(tracking) == origin(base)

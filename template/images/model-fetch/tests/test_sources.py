@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from fetchkit.models import PinnedModel, embedding_model, write
 from fetchkit.program import Pod, assert_failed, assert_ready
+from model_fetch.registry import _below
 
 KEYS = {
     "AWS_ACCESS_KEY_ID": "key-of-the-store",
@@ -317,25 +318,30 @@ def test_a_pin_without_a_version_is_resolved_at_start(
         assert refused.code == 5, refused.log
 
 
-def test_another_store_goes_through_mlflows_client(pod: Pod, tmp_path: Path) -> None:
-    """A scheme that only the client knows, by a plug-in of it."""
+def odd_store(pod: Pod, tmp_path: Path) -> str:
+    """Teaches MLflow's client a scheme, by a plug-in of it; returns the PYTHONPATH that it takes."""
     pytest.importorskip("mlflow", reason="the registry's client is not here: install mlflow-skinny")
-    write(MODEL.files, tmp_path / "store")
     plugin = tmp_path / "plugin"
     plugin.mkdir()
     (plugin / "odd_store.py").write_text(
         "from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository\n"
         "class Odd(LocalArtifactRepository):\n"
         "    def __init__(self, uri, *args, **more):\n"
-        "        super().__init__(uri.replace('odd:', 'file:'))\n"
+        "        from urllib.parse import quote\n"
+        "        super().__init__(quote(uri.replace('odd:', 'file:'), safe=':/'))\n"
     )
     (plugin / "odd_store-1.0.dist-info").mkdir()
     (plugin / "odd_store-1.0.dist-info/METADATA").write_text("Name: odd-store\nVersion: 1.0\n")
     (plugin / "odd_store-1.0.dist-info/entry_points.txt").write_text(
         "[mlflow.artifact_repository]\nodd = odd_store:Odd\n"
     )
+    return f"{plugin}:{pod.environment(None)['PYTHONPATH']}"
+
+
+def test_another_store_goes_through_mlflows_client(pod: Pod, tmp_path: Path) -> None:
+    path = odd_store(pod, tmp_path)
+    write(MODEL.files, tmp_path / "store")
     pin = {**MODEL.pin(), "artifact_uri": f"odd://{tmp_path}/store"}
-    path = f"{plugin}:{pod.environment(None)['PYTHONPATH']}"
     run = pod.run(pin, None, env={"PYTHONPATH": path})
     assert_ready(run, pod, MODEL)
     assert "MLflow's client" in run.log
@@ -343,3 +349,25 @@ def test_another_store_goes_through_mlflows_client(pod: Pod, tmp_path: Path) -> 
     pod.link.unlink()
     other = Pod(tmp_path / "other")
     assert_failed(other.run(pin, None, env={"PYTHONPATH": path}), other, 5)
+
+
+@pytest.mark.parametrize("folder", ["store", "50% off", "a?b", "a#b/c d", "%41/é+&", "a%2Fb"])
+def test_names_in_another_store_are_taken_as_they_are(
+    pod: Pod, tmp_path: Path, folder: str
+) -> None:
+    """Keys of a store may hold what ends a path in an address, or looks quoted."""
+    path = odd_store(pod, tmp_path)
+    names = ("50%.json", "a?b.json", "a#b.json", "%41.json", "c d/é.json")
+    model = PinnedModel({**MODEL.files, **dict.fromkeys(names, b"{}")}, "unused")
+    write(model.files, tmp_path / folder)
+    pin = model.pin() | {"artifact_uri": _below(f"odd://{tmp_path}", folder)}
+    assert_ready(pod.run(pin, None, env={"PYTHONPATH": path}), pod, model)
+
+
+@pytest.mark.parametrize("host", ["169.254.169.254", "0xA9FEA9FE", "2852039166", "[fe80::1]"])
+def test_no_store_is_at_the_address_of_a_machine_s_credentials(pod: Pod, host: str) -> None:
+    for uri in (f"ftp://{host}/model", f"mlflow-artifacts://{host}/model", f"http://{host}/model"):
+        pin = MODEL.pin() | {"artifact_uri": uri}
+        run = pod.run(pin, None, "--timeout", "1", "--retries", "0", timeout=30)
+        assert run.code in (2, 5), run.log
+        assert "no store is at" in run.log or "is not asked" in run.log, run.log

@@ -67,3 +67,12 @@ def test_every_request_names_the_workspace(pod: Pod, told_by: str) -> None:
     assert_ready(run, pod, model)
     assert {name for _, name in server.seen} == {"team-a"}
     assert {name for _, name in store.seen} == {None}
+
+
+def test_a_version_is_looked_up_in_the_pin_s_workspace(pod: Pod) -> None:
+    model = PinnedModel(embedding_model(), "unused", version=None)
+    server = Server({})
+    pin = model.pin() | {"workspace": "team-a", "files": [], "artifact_uri": None}
+    pod.run(pin, server.url, env={"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"})
+    assert any("model-versions" in path for path, _ in server.seen)
+    assert {name for _, name in server.seen} == {"team-a"}
