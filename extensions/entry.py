@@ -153,6 +153,10 @@ class TextEmbeddings(Extension):
             wanted = answers.truth(context.get("refresh", False))
             return wanted and "pin" not in context["_copier_conf"]["data"]
 
+        def completing(context: Context) -> bool:
+            """-d fetched=… was given, what model-fetch left beside a model, and no pin with it."""
+            return "fetched" in context and "pin" not in context["_copier_conf"]["data"]
+
         def found(context: Context, model_id: str, selector: str) -> Any:
             """What the registry, or the catalogue, has.
 
@@ -173,8 +177,24 @@ class TextEmbeddings(Extension):
             """The pin of `model_id` at `model_version`, as JSON."""
             key = (context["model_id"], context["model_version"])
             if key not in resolved:
-                resolved[key] = catalog.enriched(found(context, *key)).to_mapping()
+                resolved[key] = renewed(context, *key).to_mapping()
             return json.dumps(resolved[key], ensure_ascii=False)
+
+        def renewed(context: Context, model_id: str, selector: str) -> Any:
+            """What the registry has, with the digests that are known of the same version.
+
+            When its digests are to be completed it is the pin that stands, with them.
+            """
+            pins, earlier = _module("pin"), None
+            if "pin" in context:
+                try:
+                    earlier = pins.Pin.from_mapping(answers.mapping(context["pin"]))
+                except _module("errors").ConfigurationError:
+                    pass  # a refresh replaces what cannot be read
+            if earlier and completing(context) and not pins.stale(earlier, model_id, selector):
+                return earlier.with_fetched(answers.mapping(context["fetched"]))
+            pin = catalog.enriched(found(context, model_id, selector))
+            return pin.with_digests_of(earlier) if earlier else pin
 
         @pass_context
         def pin_is_asked(context: Context) -> bool:
@@ -192,6 +212,8 @@ class TextEmbeddings(Extension):
                 return ""
             if refreshing(context):
                 return "a refresh was asked for"
+            if completing(context):
+                return "its digests are to be completed"
             return str(_module("pin").stale(_module("pin").Pin.from_mapping(pin), *key))
 
         @pass_context

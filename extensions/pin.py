@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -86,6 +86,55 @@ class Pin:
             mapping["workspace"] = self.workspace
         return mapping
 
+    def with_fetched(self, marker: object) -> Pin:
+        """The pin with the SHA-256 of each file that model-fetch has fetched.
+
+        marker: of the version's folder (model_fetch/cache.py)
+        Raises: ConfigurationError when it is of something else.
+        """
+        try:
+            fields = reading.mapping(marker, "the marker")
+            digests = reading.mapping(fields.get("fetched"), "fetched")
+            known = {
+                path: reading.text(value, "a digest", _SHA256) for path, value in digests.items()
+            }
+            of = Pin(**_parsed(reading.mapping(fields.get("pin"), "its pin")))
+        except UnreadableError as error:
+            raise ConfigurationError(f"That is no marker of model-fetch: {error}.") from None
+        named = f"version {self.version} of {self.registered_model}"
+        if self.version is None:
+            raise ConfigurationError("Nothing is pinned yet: run `make update-model` first.")
+        if self._place != of._place:
+            raise ConfigurationError(
+                f"What was fetched is version {of.version} of {of.registered_model}, not {named} as "
+                "it is pinned: deploy what is pinned first."
+            )
+        for file in self.files:
+            if file.sha256 and known.get(file.path, file.sha256) != file.sha256:
+                raise ConfigurationError(
+                    f"What was fetched is not {named}: {file.path} has another SHA-256 than the pin."
+                )
+        return self._digested(replace(file, sha256=known.get(file.path)) for file in of.files)
+
+    def with_digests_of(self, earlier: Pin) -> Pin:
+        """The pin with the SHA-256 that an earlier pin of the same version has of its files."""
+        return self._digested(earlier.files) if self._place == earlier._place else self
+
+    @property
+    def _place(self) -> tuple[str | None, ...]:
+        """What tells versions apart: the files of one never change."""
+        return (self.registered_model, self.version, self.run_id, self.artifact_uri)
+
+    def _digested(self, known: Iterable[PinnedFile]) -> Pin:
+        found = {(file.path, file.source, file.size): file.sha256 for file in known}
+        files = (
+            file
+            if file.sha256
+            else replace(file, sha256=found.get((file.path, file.source, file.size)))
+            for file in self.files
+        )
+        return replace(self, files=tuple(files))
+
     @classmethod
     def from_mapping(cls, mapping: object) -> Pin:
         """Raises ConfigurationError, in one sentence, when the mapping is no pin."""
@@ -95,6 +144,7 @@ class Pin:
             raise ConfigurationError(f"{error}: resolve the pin again.") from None
 
 
+_SHA256 = "[0-9a-f]{64}"
 _REQUIRED = frozenset({"model_id", "registered_model", "selector"})
 _TEXTS = {
     "model_id": r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?",
@@ -180,7 +230,7 @@ def _file(value: object) -> PinnedFile:
         path=_relative("path", file.get("path")),
         source=_relative("from", file.get("from")),
         size=reading.count(file.get("size"), "pin.files: size"),
-        sha256=_text("pin.files.sha256", file.get("sha256"), r"[0-9a-f]{64}", optional=True),
+        sha256=_text("pin.files.sha256", file.get("sha256"), _SHA256, optional=True),
         blob_sha1=_text(
             "pin.files.blob_sha1", file.get("blob_sha1"), r"[0-9a-f]{40}", optional=True
         ),

@@ -1,7 +1,8 @@
 """Takes over a newer template or model version, and says in words what that means.
 
-`make update`, `make update-model` and `make check-update` call it; it needs Git, Python 3.10 and
-Copier, which the variable COPIER names. Copier itself ends with 0 when it leaves conflicts.
+`make update`, `make update-model`, `make check-update` and `make pin-digests` call it; it needs Git,
+Python 3.10 and Copier, which the variable COPIER names. Copier itself ends with 0 when it leaves
+conflicts.
 
 A template is a program, and .copier-answers.yml names it: so only the one that this repository came
 from is run, or the one that the variable TEMPLATE names.
@@ -25,6 +26,7 @@ from typing import Any
 COPIER = "uvx --with copier-template-extensions==0.3.4 --with mlflow-skinny==3.17.2 copier@9.19.1"
 """Versions that the template is tested with."""
 
+LONGEST_MARKER = 8 << 20
 ANSWERS = ".copier-answers.yml"
 FOLDERS = ("k8s/base", "deploy/base")
 UNREADABLE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
@@ -53,11 +55,23 @@ class State:
         return sum(file["size"] for file in self.pin["files"])
 
     @property
-    def digests(self) -> set[tuple[str, int, str | None]]:
-        """What tells the files of two versions apart."""
-        return {
-            (f["path"], f["size"], f.get("sha256") or f.get("blob_sha1")) for f in self.pin["files"]
-        }
+    def undigested(self) -> list[str]:
+        """Paths of the files that no start compares with a digest."""
+        kinds = ("sha256", "blob_sha1")
+        return [f["path"] for f in self.pin["files"] if not any(f.get(k) for k in kinds)]
+
+    def has_files_of(self, other: State) -> bool:
+        """Whether nothing shows that the files are others: one pin may know a digest more."""
+        files = {f["path"]: f for f in self.pin["files"]}
+        others = {f["path"]: f for f in other.pin["files"]}
+        if files.keys() != others.keys():
+            return False
+        for path, file in files.items():
+            for kind in ("size", "sha256", "blob_sha1"):
+                known = {file.get(kind), others[path].get(kind)} - {None}
+                if len(known) > 1:
+                    return False
+        return True
 
     @property
     def is_known(self) -> bool:
@@ -218,7 +232,7 @@ def described(before: State, after: State) -> Iterator[str]:
     if reasons := names & {"model", "dimensions", "pooling"}:
         changed = ", ".join(sorted(reasons))
         yield f"RE-INDEX: another {changed}. What was embedded before must be embedded again."
-    elif before.digests != after.digests:
+    elif not after.has_files_of(before):
         yield "The files changed: unless you know that the vectors are the same, embed again."
     elif moved and not after.is_known:
         yield "The weights have no digest in the registry: if they may be others, embed again."
@@ -229,6 +243,30 @@ def described(before: State, after: State) -> Iterator[str]:
 def plain(text: str) -> str:
     """A line that moves no terminal's cursor and fills no screen."""
     return "".join(c if c.isprintable() else " " for c in text[:500])
+
+
+def fetched(text: str) -> str:
+    """Of what model-fetch left beside a model, what completes the pin's digests; as JSON.
+
+    Raises: Stop when it is something else.
+    """
+    try:
+        marker = json.loads(text)
+        return json.dumps({"fetched": {name: marker[name] for name in ("pin", "fetched")}})
+    except UNREADABLE:
+        raise Stop(
+            "that is nothing that model-fetch left beside a model (.model-fetch.json): start the "
+            "service first, or name the folder of a fetched model in FROM"
+        ) from None
+
+
+def complete(repository: Repository, words: list[str]) -> None:
+    """Write the SHA-256 of what was fetched into the pin; what model-fetch left comes from stdin."""
+    data = fetched(sys.stdin.read(LONGEST_MARKER))
+    with tempfile.NamedTemporaryFile("w", suffix=".yml") as file:
+        file.write(data)
+        file.flush()
+        update(repository, "digests", ["--vcs-ref=:current:", "--data-file", file.name, *words])
 
 
 def update(repository: Repository, what: str, words: list[str]) -> None:
@@ -262,6 +300,13 @@ def update(repository: Repository, what: str, words: list[str]) -> None:
         raise Stop(
             f"conflicts are left in {', '.join(conflicts)}: mend them and `git add` them, or return "
             "to what was with `git reset --hard`"
+        )
+    if after and after.pin["version"] and what != "template" and after.undigested:
+        print(
+            plain(
+                f"No digest is known of {', '.join(after.undigested)}: `make pin-digests` pins it, "
+                "once the version was fetched."
+            )
         )
     if not changed:
         print("Nothing else changed.")
@@ -298,13 +343,15 @@ def check(repository: Repository) -> None:
 def main() -> int:
     """Returns the exit code: 1 with one line of error, also when conflicts are left."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["template", "model", "check"])
+    parser.add_argument("what", choices=["template", "model", "check", "digests"])
     parser.add_argument("words", nargs=argparse.REMAINDER, help="more words for Copier")
     given = parser.parse_args()
     repository = Repository(Path(__file__).resolve().parent.parent)
     try:
         if given.what == "check":
             check(repository)
+        elif given.what == "digests":
+            complete(repository, given.words)
         else:
             update(repository, given.what, given.words)
     except Stop as stop:

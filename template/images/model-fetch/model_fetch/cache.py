@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,12 @@ from .verify import digest_file, read_pieces, sha256_of, structure_problem
 MARKER = ".model-fetch.json"
 FORMAT = 1
 LONGEST_MARKER = 8 << 20  # bytes
+DIGEST = "[0-9a-f]{64}"
 CONTENT = (
     *("registered_model", "version", "run_id", "logged_model_id", "artifact_uri"),
     *("files", "conversion", "input_tokens"),
 )
-"""What of a pin decides on the bytes in a version's folder."""
+"""What of a pin decides on the bytes in a version's folder; of its files, all but their SHA-256."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class KnownFile:
             reading.text(fields["path"], "a path"),
             reading.count(fields["size"], "a size"),
             reading.count(fields["mtime_ns"], "a time", most=1 << 63),
-            digest if digest is None else reading.text(digest, "a digest", "[0-9a-f]{64}"),
+            digest if digest is None else reading.text(digest, "a digest", DIGEST),
         )
 
 
@@ -74,6 +75,9 @@ class Marker:
     read_back: bool = False
     """Whether the files were read from their store again where a kernel's cache proves nothing."""
 
+    fetched: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of the pinned files as they came, before any preparation, where it was computed."""
+
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
 
@@ -86,6 +90,7 @@ class Marker:
                 return None
             files = tuple(map(KnownFile.from_value, reading.items(value.pop("files"), "files")))
             prepared = reading.items(value.pop("prepared"), "prepared")
+            fetched = reading.mapping(value.pop("fetched", {}), "fetched")
             marker = cls(
                 reading.text(value.pop("fingerprint"), "the fingerprint"),
                 reading.text(value.pop("source"), "the source"),
@@ -93,6 +98,7 @@ class Marker:
                 tuple(reading.text(text, "prepared") for text in prepared),
                 reading.mapping(value.pop("pin"), "the pin"),
                 value.pop("read_back", False) is True,
+                {path: reading.text(d, "a digest", DIGEST) for path, d in fetched.items()},
             )
         except (reading.UnreadableError, KeyError):
             return None
@@ -107,8 +113,13 @@ def read_marker(path: Path) -> Marker | None:
 
 
 def fingerprint(pin: Pin) -> str:
-    """Names the content of a version folder: the pinned files, where they are from, their preparation."""
+    """Names the content of a version folder: the pinned files, where they are from, their preparation.
+
+    SHA-256 is compared with the marker instead: it may be pinned after the files were fetched.
+    """
     mapping = pin.to_mapping()
+    for file in mapping["files"]:
+        file.pop("sha256", None)
     content = {name: mapping.get(name) for name in CONTENT}
     text = json.dumps([content, prepare.REVISION], sort_keys=True)
     return sha256(text.encode()).hexdigest()
@@ -172,19 +183,21 @@ class VersionFolder:
     def _uncovered(self, marker: Marker) -> str | None:
         """What of the pin the marker does not account for: the pin wins over any marker."""
         known = {file.path: file for file in marker.files}
+        for pinned in self.pin.files:
+            came, file = marker.fetched.get(pinned.path), known.get(pinned.path)
+            problem = f"its marker has another {pinned.path} than the pin"
+            if pinned.sha256 and pinned.sha256 != came:
+                return problem
+            if self.may_differ(marker, pinned.path):
+                continue
+            if file is None:
+                return f"its marker does not name {pinned.path}"
+            if (file.size, file.sha256) != (pinned.size, came):
+                return problem
         if self.pin.conversion is not None:
             return (
                 None if "config.json" in known and len(known) > 1 else "its marker names no model"
             )
-        for pinned in self.pin.files:
-            if self.may_differ(marker, pinned.path):
-                continue
-            file = known.get(pinned.path)
-            if file is None:
-                return f"its marker does not name {pinned.path}"
-            digest = pinned.sha256.lower() if pinned.sha256 else file.sha256
-            if file.size != pinned.size or digest != file.sha256:
-                return f"its marker has another {pinned.path} than the pin"
         extra = known.keys() - {pinned.path for pinned in self.pin.files}
         if any(not self.may_differ(marker, path) for path in extra):
             return f"its marker names {min(extra)}, which is not pinned"

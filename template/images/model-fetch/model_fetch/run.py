@@ -205,6 +205,7 @@ def _make(
         changes,
         folder.pin.to_mapping(),
         read_back=not staging.local,
+        fetched={path: digest for path, digest in digests.items() if digest},
     )
     stop.check()
     if hold.lost:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pty
@@ -206,6 +207,30 @@ def test_the_marker_holds_the_pin_and_the_digests(pod: Pod, mirrored: PinnedMode
         assert re.fullmatch("[0-9a-f]{64}", file["sha256"])
         if "sha256" in pinned[file["path"]]:
             assert file["sha256"] == pinned[file["path"]]["sha256"]
+
+
+def test_a_digest_that_is_pinned_later_is_compared_with_what_was_fetched(
+    pod: Pod, model: PinnedModel, mirrored: PinnedModel
+) -> None:
+    """`make pin-digests` of a rendered repository: nothing is fetched again, unless it is another."""
+    with serve(model.files) as store:
+        assert_ready(pod.run(model, store.url), pod, model)
+    marker = json.loads((pod.version_folder() / ".model-fetch.json").read_text())
+    right = {path: hashlib.sha256(content).hexdigest() for path, content in model.files.items()}
+    assert marker["fetched"] == right
+
+    pin = model.pin()
+    for file in pin["files"]:
+        file["sha256"] = right[file["path"]]
+    there = pod.run(pin, None)
+    assert there.code == 0, there.log
+    assert "already there" in there.log
+
+    pin["files"][0]["sha256"] = "0" * 64
+    with serve(model.files) as store:
+        wrong = pod.run(pin, store.url, "--attempts", "1")
+    assert wrong.code == 7, wrong.log
+    assert "its marker has another model.safetensors than the pin" in wrong.log
 
 
 def test_digests_only_where_pinned(pod: Pod, model: PinnedModel) -> None:
