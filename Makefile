@@ -48,7 +48,7 @@ test: $(INSTALLED) ## Run all tests, on real servers; says what it left out
 
 .PHONY: fuzz
 fuzz: $(INSTALLED) ## Try what every reader does with spoilt input, longer than the tests do (FUZZ_TRIES=20000)
-	FUZZ_TRIES=$(or $(FUZZ_TRIES),20000) $(PYTEST) tests/test_fuzz.py $(PYTEST_ARGS)
+	FUZZ_TRIES=$(or $(FUZZ_TRIES),20000) $(PYTEST) tests/test_fuzz.py tests/test_fuzz_model_fetch.py $(PYTEST_ARGS)
 
 .PHONY: test-all
 test-all: $(INSTALLED) $(VENV)/.reference ## The same, and the comparison with transformers and torch

@@ -45,6 +45,9 @@ API = "/api/2.0"
 PRESIGNED_FOR = 240.0
 SIGNED_FOR = 3600  # seconds, for addresses that this program signs itself
 FRESH = 5.0  # seconds in which a refused address was not refused for its age
+# An artifact URI whose path is quoted: what stands before that, and the rest. MLflow's client takes
+# the keys of a store as they are, so what is quoted must be no part of a store's root.
+QUOTED = re.compile(r"([a-z][a-z0-9+.-]*:(?://[^/]*)?[^%]*)/([^/]*%.*)")
 # What the stores' signatures can cover; any other header would be MLflow's own idea.
 STORE_HEADER = re.compile(r"(x-amz|x-ms|x-goog)-[a-z0-9-]+", re.IGNORECASE)
 
@@ -398,16 +401,14 @@ class ClientStore(Source):
     """Any other store that MLflow's client knows, through the client: one file after another."""
 
     def __init__(self, artifact_uri: str) -> None:
-        # MLflow's client takes the keys of a store as they are: what is quoted is no part of a root.
-        uri = artifact_uri.rstrip("/")
-        parts = urlsplit(uri)
-        cut = parts.path.rfind("/", 0, f"{parts.path}%".index("%")) if "%" in parts.path else None
-        self._root = parts._replace(path=parts.path[:cut]).geturl() if cut is not None else uri
-        self._folder = unquote(parts.path[cut:]).strip("/") if cut is not None else ""
-        self._host = parts.hostname or ""
+        self._root, self._folder = artifact_uri.rstrip("/"), ""
+        if quoted := QUOTED.fullmatch(self._root):
+            self._root, self._folder = quoted[1], f"{unquote(quoted[2])}/"
         self.name = f"MLflow's client from {place(artifact_uri)}"
 
     def check(self) -> None:
+        if leads_to_metadata(urlsplit(self._root).hostname or ""):
+            raise _no_artifact_uri("it is one that no store is at")
         try:
             from mlflow.store.artifact import (  # noqa: F401 - 1 s and 80 MB, so only for these
                 artifact_repository_registry,
@@ -416,8 +417,6 @@ class ClientStore(Source):
             raise ConfigurationError(
                 f"{place(self._root)} needs MLflow's client: build the image with it"
             ) from None
-        if leads_to_metadata(self._host):
-            raise _no_artifact_uri("it is one that no store is at")
 
     def download(self, file: PinnedFile, target: Path) -> None:
         """Puts one file at `target`, by way of a private folder beside it."""
@@ -428,8 +427,8 @@ class ClientStore(Source):
         shutil.rmtree(private, ignore_errors=True)
         private.mkdir(parents=True)
         try:
-            path = f"{self._folder}/{file.source}".lstrip("/")
-            got = get_artifact_repository(self._root).download_artifacts(path, str(private))
+            store = get_artifact_repository(self._root)
+            got = store.download_artifacts(self._folder + file.source, str(private))
             shutil.move(got, target)
         except (MlflowException, ImportError, OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
