@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import tensors
+from . import tensors, volume
 from .errors import ConfigurationError, UnsuitableModelError
 from .jina_layouts import (
     PARAMETRIZED,
@@ -105,7 +104,7 @@ def convert(
     _copy_tokenizer(source, destination, architecture)
     for name, content in _small_files(architecture, task, prompt, dtype).items():
         (destination / name).parent.mkdir(exist_ok=True)
-        (destination / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        volume.write_whole(destination / name, f"{json.dumps(content, indent=2)}\n".encode())
     tensors.write(
         destination / "model.safetensors",
         {weight.name: weight.shape for weight in weights},
@@ -422,4 +421,4 @@ def _copy_tokenizer(source: Path, destination: Path, architecture: Architecture)
             f"tokenizer.json gives the token type {max(types)}, but the model has only"
             f" {architecture.token_types}."
         )
-    shutil.copyfile(path, destination / "tokenizer.json")
+    volume.write_whole(destination / "tokenizer.json", path.read_bytes())

@@ -12,6 +12,10 @@ from .stop import Stop
 from .verify import Digests, read_pieces, structure_problem
 
 
+class NotAsPinned(VerificationError):
+    """A file of the mounted store has other bytes than were pinned; another source may have them."""
+
+
 def link_files(
     folder: VersionFolder, staging: Staging, source: Mounted, console: Console, stop: Stop
 ) -> dict[str, str | None]:
@@ -47,7 +51,7 @@ def link_files(
 def verify(source: Mounted, file: PinnedFile, stop: Stop | None = None) -> str | None:
     """Compares a file with the pin; returns its SHA-256, None when the pin has no digest of it.
 
-    Raises: VerificationError, and what `Mounted.path` does.
+    Raises: NotAsPinned, and what `Mounted.path` does.
     """
     path = source.path(file)
     digests = Digests(file)
@@ -60,7 +64,7 @@ def verify(source: Mounted, file: PinnedFile, stop: Stop | None = None) -> str |
     if _has_digest(file):
         problem = digests.mismatch() or problem
     if problem:
-        raise VerificationError(f"{path}: {problem}: register the model again")
+        raise NotAsPinned(f"{path}: {problem}: register the model again")
     return digests.sha256 if _has_digest(file) else None
 
 

@@ -7,13 +7,12 @@ here leaves no folder that looks complete.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import compatibility, tensors
+from . import compatibility, tensors, volume
 from .errors import ConfigurationError, UnsuitableModelError
 from .pin import JINA_V3, Pin
 from .reading import UnreadableError, document
@@ -36,7 +35,7 @@ def prepare(folder: Path, pin: Pin) -> list[str]:
     """Transforms the folder in place where TEI needs it.
 
     folder: holds the pinned files and nothing else. A file may be a symbolic link into a read-only
-    store, so never open one for writing: put a new one in its place with `replace`.
+    store, so never open one for writing: put a new one in its place with `volume.write_whole`.
 
     Returns: one sentence per change, for the log and the marker; empty when nothing had to be done.
     Raises: UnsuitableModelError when the model cannot be made loadable.
@@ -67,7 +66,7 @@ def prepare(folder: Path, pin: Pin) -> list[str]:
         else:
             (folder / path).parent.mkdir(exist_ok=True)
             text = json.dumps(content, indent=2, ensure_ascii=False)
-            replace(folder / path, f"{text}\n".encode())
+            volume.write_whole(folder / path, f"{text}\n".encode())
     return [f.message for f in findings if f.outcome == compatibility.FIXED]
 
 
@@ -105,16 +104,6 @@ def read(folder: Path) -> dict[str, object]:
     return files
 
 
-def replace(path: Path, content: bytes) -> None:
-    """Puts a new file in the place of one, atomically, also where that is a symbolic link."""
-    fresh = path.with_name(path.name + ".new")
-    with fresh.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(fresh, path)
-
-
 def _conversion(pin: Pin) -> Mapping[str, Any] | None:
     """The conversion that the pin asks for, as {kind, task}."""
     conversion = getattr(pin, "conversion", None)
@@ -145,7 +134,9 @@ def _convert(folder: Path, conversion: Mapping[str, Any]) -> list[str]:
     except BaseException:
         shutil.rmtree(converted, ignore_errors=True)
         raise
-    replace(converted / CONVERSION_RECORD, (json.dumps(record, indent=2) + "\n").encode())
+    volume.write_whole(
+        converted / CONVERSION_RECORD, (json.dumps(record, indent=2) + "\n").encode()
+    )
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             if path != converted:

@@ -95,7 +95,7 @@ def make_ready(pin: Pin, settings: Settings, console: Console, stop: Stop) -> Ou
     folder = _folder(pin, settings)
     for _ in range(TAKEOVERS):
         try:
-            outcome = _obtain(folder, settings, console, Stop(stop))
+            outcome = _obtain_anywhere(folder, settings, console, Stop(stop))
             break
         except LockLost:
             console.warning("another process has taken over, after this one had stood still")
@@ -136,6 +136,22 @@ def check(pin: Pin, settings: Settings) -> str:
 
 def _folder(pin: Pin, settings: Settings) -> VersionFolder:
     return VersionFolder(settings.cache or settings.link.parent, pin, settings.mount)
+
+
+def _obtain_anywhere(
+    folder: VersionFolder, settings: Settings, console: Console, stop: Stop
+) -> Outcome:
+    """Obtains the version from the next source, where the mounted store has other bytes."""
+    try:
+        return _obtain(folder, settings, console, stop)
+    except mounted.NotAsPinned as error:
+        if settings.mount is None:
+            raise
+        console.warning(f"{error}; trying the next source")
+        try:
+            return _obtain(folder, replace(settings, mount=None), console, stop)
+        except ConfigurationError:  # there is none
+            raise error from None
 
 
 def _obtain(folder: VersionFolder, settings: Settings, console: Console, stop: Stop) -> Outcome:

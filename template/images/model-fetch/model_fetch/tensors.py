@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import reading
+from . import reading, volume
 from .errors import UnsuitableModelError
 from .reading import UnreadableError
 
@@ -200,7 +200,7 @@ def write(
     blocks: Iterable[numpy.ndarray],
     dtype: str = "F16",
 ) -> None:
-    """Write a safetensors file from blocks of rows, and make sure that it is on the disk.
+    """Write a safetensors file from blocks of rows, and make sure that it is in its store.
 
     Args:
         path: written under this name plus `.partial` and renamed when whole, so that `path`
@@ -218,15 +218,16 @@ def write(
     encoded += b" " * (-len(encoded) % 8)  # readers map the data: keep it aligned
     partial = path.with_name(path.name + ".partial")
     try:
+        written = volume.Written(path.parent)
         with partial.open("wb") as file:
-            file.write(len(encoded).to_bytes(8, "little") + encoded)
-            for block in blocks:
-                file.write(block.data)
-            file.flush()
-            os.fsync(file.fileno())
-            written = file.tell() - 8 - len(encoded)
-        if written != end:
-            raise AssertionError(f"{written} bytes written for a header of {end}")
+            for piece in chain([len(encoded).to_bytes(8, "little"), encoded], blocks):
+                data = memoryview(piece)
+                file.write(data)
+                written.add(data)
+            size = file.tell() - 8 - len(encoded)
+        if size != end:
+            raise AssertionError(f"{size} bytes written for a header of {end}")
+        written.check(partial)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)

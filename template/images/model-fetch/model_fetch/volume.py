@@ -10,8 +10,11 @@ import os
 import shutil
 import stat
 import sys
+import zlib
 from collections.abc import Collection, Iterator
 from pathlib import Path
+
+from .failures import VerificationError
 
 PIECE = 1 << 20  # bytes that are read at a time
 
@@ -53,6 +56,49 @@ def write_new(path: Path, content: bytes) -> None:
     fd = open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     with open(fd, "wb") as stream:
         stream.write(content)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Puts a file in the place of whatever stands there, in one step, and sees that it is in its store.
+
+    Raises: OSError, VerificationError.
+    """
+    fresh = path.with_name(path.name + ".new")
+    written = Written(path.parent)
+    write_new(fresh, content)
+    written.add(content)
+    written.check(fresh)
+    os.replace(fresh, path)
+
+
+class Written:
+    """What is written to a file, so that it can be compared with what its store then has."""
+
+    def __init__(self, folder: Path) -> None:
+        """folder: of the file; where this kernel itself holds it, nothing is compared"""
+        self._crc = None if is_local(folder) else 0
+
+    def add(self, data: bytes | memoryview) -> None:
+        """These bytes were written next."""
+        if self._crc is not None:
+            self._crc = zlib.crc32(data, self._crc)
+
+    def check(self, path: Path) -> None:
+        """Flushes the file, which is closed, and compares it.
+
+        Raises: OSError, VerificationError.
+        """
+        if self._crc is None:
+            return sync(path)
+        found = 0
+        for piece in read_back(path):
+            found = zlib.crc32(piece, found)
+        if found == self._crc:
+            return None
+        raise VerificationError(
+            f"{path}: the volume does not hold what was written to it: use another volume for the "
+            "cache, or mend this one"
+        )
 
 
 def read_small(path: Path, most: int) -> bytes | None:

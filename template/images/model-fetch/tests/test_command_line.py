@@ -290,6 +290,24 @@ class TestMounted:
         again = pod.run(pin, None, "--mount", str(mount))
         assert "already there" in again.last
 
+    def test_other_bytes_than_pinned_are_fetched_from_elsewhere(
+        self, pod: Pod, mirrored: PinnedModel, tmp_path: Path
+    ) -> None:
+        """Without another source it ends with 7, and nothing is linked."""
+        weights = write(mirrored.files, tmp_path / "mount/model") / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
+        mount = ("--mount", str(tmp_path / "mount"))
+        assert_failed(pod.run(mirrored, None, *mount), pod, 7)
+        with serve(mirrored.files) as store:
+            run = pod.run(mirrored, store.url, *mount)
+            assert_ready(run, pod, mirrored)
+            assert "SHA-256 is" in run.log
+            assert "trying the next source" in run.log
+            received = store.sent
+            again = pod.run(mirrored, store.url, *mount)
+            assert "already there" in again.last
+            assert store.sent == received
+
     @pytest.mark.parametrize("damage", ["gone", "short", "torn"])
     def test_a_file_that_is_not_as_pinned(
         self, pod: Pod, model: PinnedModel, mount: Path, damage: str

@@ -6,6 +6,7 @@ own cache.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -147,6 +148,74 @@ def test_a_page_that_is_lost_in_the_flush_is_found_behind_the_cache(
         assert process.returncode == 7, log
         assert "the volume does not hold what was written to it" in log
         assert not elsewhere(pod.version_folder(), here, there).exists()
+
+
+LOSES_WHAT_WAS_MADE = """
+import os, time
+real = os.fsync
+def fsync(fd):
+    real(fd)
+    path = os.readlink(f"/proc/self/fd/{fd}")
+    here, there = os.environ["LOSES"].split(":")
+    if path.startswith(here) and path.endswith((".new", ".partial")):
+        other = path.replace(here, there)
+        while not os.path.exists(other):
+            time.sleep(0.05)
+        with open(other, "r+b") as file:
+            file.write(bytes(8))
+            real(file.fileno())
+        time.sleep(1)  # until the other mount knows
+os.fsync = fsync
+"""
+WRITES = """
+import sys, numpy
+from pathlib import Path
+from model_fetch import tensors
+try:
+    tensors.write(Path(sys.argv[1]), {"a": (4, 4)}, iter([numpy.ones((4, 4), "<f2")]))
+except Exception as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+"""
+
+
+@pytest.mark.parametrize("made", ["a repaired file", "converted weights"])
+def test_what_preparation_made_is_read_back_too(
+    seaweedfs: Distributed, tmp_path: Path, made: str
+) -> None:
+    """As above, with what is not fetched: its bytes are compared before it gets its name."""
+    (tmp_path / "sitecustomize.py").write_text(LOSES_WHAT_WAS_MADE)
+    pooling = json.dumps({"embedding_dimension": 384, "pooling_mode": "mean"}).encode()
+    model = PinnedModel(
+        embedding_model() | {"1_Pooling/config.json": pooling}, "mlflow-artifacts:/model"
+    )
+    with mounts(seaweedfs, 2) as (here, there), serve(model.files) as store:
+        pod = Pod(tmp_path / "pod", cache=fresh(here, "made"))
+        lossy = {"PYTHONPATH": f"{PACKAGE}:{tmp_path}", "LOSES": f"{here}:{there}"}
+        if made == "a repaired file":
+            lost = pod.run(model, store.url, env=lossy, timeout=120)
+            assert lost.code == 7, lost.log
+            said = lost.last
+            assert not pod.version_folder().exists()
+            run = pod.run(model, store.url, timeout=120)
+            assert run.code == 0, run.log
+            assert "prepared for TEI" in run.log
+        else:
+            pytest.importorskip("numpy", reason="the conversion needs numpy")
+            path = pod.cache / "model.safetensors"
+            written = [
+                subprocess.run(
+                    [sys.executable, "-c", WRITES, str(path)],
+                    env=pod.environment(None, environment),
+                    capture_output=True,
+                    text=True,
+                )
+                for environment in (lossy, {})
+            ]
+            said = written[0].stderr
+            assert written[0].returncode == 1, said
+            assert written[1].returncode == 0, written[1].stderr
+            assert elsewhere(path, here, there).read_bytes()[-2:] == b"\0\x3c"
+        assert "the volume does not hold what was written to it" in said
 
 
 def test_two_machines_fetch_once(
