@@ -14,13 +14,14 @@ import shutil
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
-from . import auth, registry
+from . import auth, registry, sigv4
 from .addresses import BadAddress, checked, leads_to_metadata, origin, origin_text, place
 from .console import Console
 from .embedding_model import PinnedFile
@@ -48,6 +49,7 @@ FRESH = 5.0  # seconds in which a refused address was not refused for its age
 # An artifact URI whose path is quoted: what stands before that, and the rest. MLflow's client takes
 # the keys of a store as they are, so what is quoted must be no part of a store's root.
 QUOTED = re.compile(r"([a-z][a-z0-9+.-]*:(?://[^/]*)?[^%]*)/([^/]*%.*)")
+BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")  # as botocore has it: a name of any age, of any store
 # What the stores' signatures can cover; any other header would be MLflow's own idea.
 STORE_HEADER = re.compile(r"(x-amz|x-ms|x-goog)-[a-z0-9-]+", re.IGNORECASE)
 
@@ -336,7 +338,7 @@ def _out_of_reach(error: Exception) -> NotOffered:
 
 
 class S3(Signed):
-    """S3-compatible storage with keys; boto3 signs, this program downloads."""
+    """S3-compatible storage with keys, with which this program signs its requests."""
 
     lifetime = SIGNED_FOR * 0.9
     advice = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and what they may read"
@@ -348,53 +350,72 @@ class S3(Signed):
         self._endpoint = address(
             environ, "MLFLOW_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"
         )
-        self._client: Any = None
+        self._sign: Callable[[str, str], str]
         self.name = f"S3 bucket {bucket}" + (
             f" at {origin_text(self._endpoint)}" if self._endpoint else ""
         )
 
     def check(self) -> None:
-        import boto3  # 0.3 s and 30 MB, so only where it is needed
-        from botocore.config import Config
-        from botocore.exceptions import BotoCoreError
-
-        try:
-            session = boto3.session.Session(
-                region_name=self._environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-            )
-            if session.get_credentials() is None:
-                raise NotOffered(
-                    "there are no keys for S3 (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
-                )
-            style = self._environ.get("MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE") or (
-                "path" if self._endpoint else "auto"
-            )
-            self._client = session.client(
-                "s3",
-                endpoint_url=self._endpoint,
-                config=Config(signature_version="s3v4", s3={"addressing_style": style}),
-            )
-        except (BotoCoreError, ValueError) as error:
-            raise ConfigurationError(
-                f"the S3 settings cannot be used ({type(error).__name__}): check "
-                "MLFLOW_S3_ENDPOINT_URL and the AWS_ variables"
-            ) from None
+        environ = self._environ
+        region = environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+        style = environ.get("MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE") or (
+            "path" if self._endpoint else "auto"
+        )
+        keys = sigv4.Keys.from_environment(environ)
+        if keys and self._endpoint and style == "path":
+            self._sign = partial(_sign, self._endpoint, keys, region)
+        else:
+            self._sign = _boto3(self._endpoint, region, style)
         self.sign(self._pin.files[0])
 
     def sign(self, file: PinnedFile) -> Request:
-        from botocore.exceptions import BotoCoreError
-
         key = f"{self._prefix}/{file.source}".strip("/")
         try:
-            url = self._client.generate_presigned_url(
-                "get_object", Params={"Bucket": self._bucket, "Key": key}, ExpiresIn=SIGNED_FOR
-            )
-            return Request(checked(url))
-        except (BotoCoreError, ValueError) as error:
+            return Request(checked(self._sign(self._bucket, key)))
+        except ValueError as error:
             raise ConfigurationError(
                 f"nothing in the bucket of {self.name} can be asked for ({type(error).__name__}): "
                 "check the artifact URI, MLFLOW_S3_ENDPOINT_URL and the AWS_ variables"
             ) from None
+
+
+def _sign(endpoint: str, keys: sigv4.Keys, region: str, bucket: str, key: str) -> str:
+    if not BUCKET.fullmatch(bucket):
+        raise ValueError(bucket)
+    return sigv4.signed(endpoint, f"{bucket}/{key}", keys, region, SIGNED_FOR)
+
+
+def _boto3(endpoint: str | None, region: str, style: str) -> Callable[[str, str], str]:
+    """What signs with the keys that boto3 finds: of a profile, of the machine, of the cluster.
+
+    Raises: NotOffered when it finds none, ConfigurationError.
+    """
+    import boto3  # 0.5 s and 30 MB, so only where it is needed
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError
+
+    try:
+        session = boto3.session.Session(region_name=region)
+        if session.get_credentials() is None:
+            raise NotOffered(
+                "there are no keys for S3 (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
+            )
+        config = Config(signature_version="s3v4", s3={"addressing_style": style})
+        client = session.client("s3", endpoint_url=endpoint, config=config)
+    except (BotoCoreError, ValueError) as error:
+        raise ConfigurationError(
+            f"the S3 settings cannot be used ({type(error).__name__}): check "
+            "MLFLOW_S3_ENDPOINT_URL and the AWS_ variables"
+        ) from None
+
+    def sign(bucket: str, key: str) -> str:
+        try:
+            asked = {"Bucket": bucket, "Key": key}
+            return str(client.generate_presigned_url("get_object", asked, SIGNED_FOR))
+        except BotoCoreError as error:
+            raise ValueError(type(error).__name__) from None
+
+    return sign
 
 
 class ClientStore(Source):
