@@ -209,7 +209,7 @@ def test_an_answer_of_a_store(status: int, data: st.DataObject) -> None:
         st.binary(max_size=80) | st.just(b"<Error><Code>AccessDenied</Code>expired</Error>")
     )
     lines = "".join(f"{name}: {text}\r\n" for name, text in head.items())
-    raw = f"HTTP/1.1 {status} Said\r\n{lines}\r\n".encode("latin-1") + body
+    raw = f"HTTP/1.1 {status} Said\r\n{lines}\r\n".encode() + body
     ours, theirs = socket.socketpair()
     with ours, theirs:
         from model_fetch.transport import Answer
