@@ -28,8 +28,9 @@ class Keys:
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Keys | None:
         """The keys that the environment names; None when they would have to be found elsewhere."""
-        key, secret = environ.get("AWS_ACCESS_KEY_ID"), environ.get("AWS_SECRET_ACCESS_KEY")
-        token = environ.get("AWS_SESSION_TOKEN") or environ.get("AWS_SECURITY_TOKEN") or ""
+        names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+        # `kubectl create secret --from-file` keeps the line feed at a file's end.
+        key, secret, token = (environ.get(name, "").rstrip("\r\n") for name in names)
         return cls(key, secret, token) if key and secret else None
 
 
