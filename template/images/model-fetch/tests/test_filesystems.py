@@ -6,11 +6,14 @@ own cache.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,9 +21,10 @@ from pathlib import Path
 
 import pytest
 from fetchkit.filesystems import Distributed
-from fetchkit.models import PinnedModel, contents, embedding_model, write
+from fetchkit.models import PinnedModel, contents, embedding_model, large_model, write
 from fetchkit.program import PACKAGE, Pod, Run, assert_ready
 from fetchkit.store import serve
+from model_fetch.verify import read_pieces, sha256_of
 
 MIB = 1 << 20
 POD = 10001  # the user of a pod's containers
@@ -71,6 +75,30 @@ def test_what_is_published_is_what_the_store_holds(
         assert verified.code == 0, verified.log
         again = pod.run(large, None)
         assert "already there" in again.last, again.log
+
+
+def test_a_model_of_1_7_gb_is_right_after_a_takeover(shared: Distributed) -> None:
+    """Windows of the digest, flushes and reading back at their real size; the first holder is killed."""
+    folder = Path(tempfile.mkdtemp(prefix="large-"))
+    try:
+        huge = large_model(folder)
+        with mounts(shared, 3) as (one, two, there), serve(huge.files) as store:
+            cache = fresh(one, "huge")
+            first = Pod(folder / "first", cache=cache)
+            holder = first.start(huge, store.url, *LARGE)
+            while store.sent < 300 * MIB and holder.poll() is None:
+                time.sleep(0.05)
+            holder.kill()
+            holder.communicate()
+            second = Pod(folder / "second", cache=elsewhere(cache, one, two))
+            run = second.run(huge, store.url, *LARGE, timeout=500)
+            assert run.code == 0, run.log
+            for path, content in huge.files.items():
+                found = sha256_of(read_pieces(elsewhere(cache, one, there) / "acme-tiny/3" / path))
+                assert found == hashlib.sha256(content).hexdigest(), path
+            shutil.rmtree(cache)
+    finally:
+        shutil.rmtree(folder)
 
 
 BUSYBODY = """

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from fetchkit.filesystems import KEY, SECRET, JuiceFS
 from fetchkit.models import PinnedModel, embedding_model
-from fetchkit.program import Pod, assert_failed, assert_ready
+from fetchkit.program import PACKAGE, Pod, assert_failed, assert_ready
 from fetchkit.store import serve
 
 MODEL = PinnedModel(embedding_model(weights=1 << 20), "s3://models/tiny")
@@ -70,3 +71,26 @@ def test_an_endpoint_that_is_no_s3(pod: Pod) -> None:
         run = pod.run(MODEL, None, env={**KEYS, "MLFLOW_S3_ENDPOINT_URL": mlflow.url})
     assert_failed(run, pod, 2)
     assert "MLFLOW_S3_ENDPOINT_URL" in run.last
+
+
+CLOCK = """
+import datetime
+class Skewed(datetime.datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return super().now(tz) + datetime.timedelta(hours={hours})
+datetime.datetime = Skewed
+"""
+
+
+@pytest.mark.parametrize("hours", [-2, 2])
+def test_a_wrong_clock_is_told_from_the_store_s_own(
+    pod: Pod, tmp_path: Path, s3: str, hours: int
+) -> None:
+    """A store refuses what was signed at another time, by whatever name; both clocks are said."""
+    (tmp_path / "sitecustomize.py").write_text(CLOCK.format(hours=hours))
+    env = {**KEYS, "MLFLOW_S3_ENDPOINT_URL": s3, "PYTHONPATH": f"{PACKAGE}:{tmp_path}"}
+    run = pod.run(MODEL, None, env=env)
+    assert_failed(run, pod, 4)
+    assert "this machine's clock says" in run.last
+    assert "set the clock right" in run.last

@@ -15,12 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fetchkit.models import PinnedModel, embedding_model
+from fetchkit.models import LARGE, PinnedModel, embedding_model, large_model
 from fetchkit.program import Pod, assert_failed, assert_ready
 from fetchkit.store import serve
 
 MIB = 1 << 20
-LARGE = 1_701_900_000 // 8 * 8  # bytes of weights
 
 
 @contextmanager
@@ -88,19 +87,10 @@ def test_a_read_only_volume_with_the_whole_version_is_enough(pod: Pod, model: Pi
 
 
 def test_a_model_of_1_7_gb_is_gone_on_with_after_a_kill(pod: Pod) -> None:
-    """Generated, and mostly zeros: what counts are its hundred chunks, on a real disk."""
-    if shutil.disk_usage(pod.folder).free < 4 * LARGE:
-        pytest.skip("there is no room for a model of 1.7 GB here")
-    small = embedding_model(weights=4096)
-    weights = mmap.mmap(-1, LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    entry = {"dtype": "F32", "shape": [(LARGE - 136) // 4], "data_offsets": [0, LARGE - 136]}
-    header = json.dumps({"embeddings.word_embeddings.weight": entry}).encode().ljust(128)
-    weights[:136] = len(header).to_bytes(8, "little") + header
-    for at in range(MIB, LARGE, 97 * MIB):
-        weights[at : at + 8] = at.to_bytes(8, "little")
-    files = {**small, "model.safetensors": weights}
-    large = PinnedModel(files, "mlflow-artifacts:/model")  # type: ignore[arg-type]
-    with serve(files) as store:  # type: ignore[arg-type]
+    """Generated: what counts are its hundred chunks, on a real disk."""
+    large = large_model(pod.folder)
+    weights = large.files["model.safetensors"]
+    with serve(large.files) as store:
         first = pod.start(large, store.url, "--chunk-size", "16")
         while store.sent < LARGE // 3 and first.poll() is None:
             time.sleep(0.01)
@@ -115,7 +105,7 @@ def test_a_model_of_1_7_gb_is_gone_on_with_after_a_kill(pod: Pod) -> None:
     assert known["model.safetensors"] == hashlib.sha256(weights).hexdigest()
     verified = pod.run(large, None, "--verify", timeout=240)
     assert verified.code == 0, verified.log
-    shutil.rmtree(pod.cache)
+    shutil.rmtree(pod.folder)
 
 
 def test_the_second_start_fetches_and_reads_nothing(pod: Pod, model: PinnedModel) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import random
+import shutil
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 KIB = 1024
 PIECE = 64 << 20
@@ -48,6 +52,27 @@ def safetensors(data_bytes: int, seed: int = 1) -> bytes:
     )  # randbytes ends at 256 MiB
     noise = (generator.randbytes(min(PIECE, data_bytes - at)) for at in pieces)
     return b"".join((struct.pack("<Q", len(header)), header, *noise))
+
+
+LARGE = 1_701_900_000 // 8 * 8  # bytes of weights: the size class of most models of 2025
+
+
+def large_model(folder: Path, size: int = LARGE) -> PinnedModel:
+    """A model whose weights are a mapped file; no two of its MiB are alike, and none is zeros."""
+    if shutil.disk_usage(folder).free < 6 * size:
+        pytest.skip(f"there is no room for a model of {size / 1e9:.1f} GB here")
+    entry = {"dtype": "F32", "shape": [(size - 136) // 4], "data_offsets": [0, size - 136]}
+    header = json.dumps({"embeddings.word_embeddings.weight": entry}).encode().ljust(128)
+    noise = random.Random(1).randbytes(1 << 20)
+    path = folder / "large.safetensors"
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        while (left := size - file.tell()) > 0:
+            file.write((struct.pack("<Q", file.tell()) + noise)[: min(left, 1 << 20)])
+    with path.open("rb") as file:
+        weights = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    files = embedding_model(weights=4096) | {"model.safetensors": weights}
+    return PinnedModel(files, "mlflow-artifacts:/model")
 
 
 def embedding_model(weights: int = 3000 * KIB, seed: int = 1) -> dict[str, bytes]:
