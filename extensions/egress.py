@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from .addresses import NEVER_ASKED
 from .pin import Pin
 
 _IN_CLUSTER = "http://mlflow.mlflow.svc.cluster.local:5000"
@@ -34,7 +35,14 @@ class Egress:
     """TCP; empty for any."""
 
     namespace: str | None
-    """Of the cluster. None: any address."""
+    """Of the cluster. None: any address, but `EVERYWHERE` leaves out some."""
+
+
+EVERYWHERE = {
+    cidr: [str(n) for n in NEVER_ASKED if n.version == version]
+    for version, cidr in ((4, "0.0.0.0/0"), (6, "::/0"))
+}
+"""Every address, and of these what answers with a machine's credentials."""
 
 
 def usual_tracking_uri(rendering: str | None) -> str:

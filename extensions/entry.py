@@ -321,6 +321,7 @@ class TextEmbeddings(Extension):
             "usual_tracking_uri": usual_tracking_uri,
             "usual_thinkube_deployment": usual_thinkube_deployment,
             "listener": _module("edge").listener,
+            "every_address": lambda: _module("egress").EVERYWHERE,
             "labels_of": _module("edge").split_pairs,
         }
         environment.globals.update(functions)

@@ -22,7 +22,7 @@ import pytest
 import yaml
 from copier.errors import UserMessageError
 
-from extensions import accelerator, answers, catalog, sizing
+from extensions import accelerator, answers, catalog, egress, sizing
 from extensions.errors import TemplateError
 from extensions.pin import Pin
 from tests.conftest import environment
@@ -674,9 +674,19 @@ def test_the_network_policy_opens_what_is_needed_and_nothing_else(every: list[Bu
             listed = {n for name in names for n in built.answers[name].split()}
             if allowed != listed:
                 yield f"{allowed} may come in"
-            anywhere = {
-                p["port"] for rule in spec["egress"] if "to" not in rule for p in rule["ports"]
-            }
+            everywhere = [
+                {"ipBlock": {"cidr": cidr, "except": left_out}}
+                for cidr, left_out in egress.EVERYWHERE.items()
+            ]
+            anywhere = set()
+            for rule in spec["egress"]:
+                far = any("ipBlock" in peer for peer in rule.get("to", ()))
+                if far and rule["to"] != [{"namespaceSelector": {}}, *everywhere]:
+                    yield f"a machine's credentials can be asked for: {rule['to']}"
+                if far or "to" not in rule:
+                    anywhere |= {p["port"] for p in rule["ports"]}
+                if "to" not in rule and not {p["port"] for p in rule["ports"]} <= {53, 5353}:
+                    yield "egress to a machine's own services"
             wanted = {53, 5353}
             if "example.com" in built.answers["mlflow_tracking_uri"]:
                 wanted |= {443}
@@ -688,7 +698,11 @@ def test_the_network_policy_opens_what_is_needed_and_nothing_else(every: list[Bu
                 wanted |= {80, 443, 8333, 9000}
             if anywhere != wanted:
                 yield f"egress to {anywhere}, not {wanted}"
-            inside = [rule for rule in spec["egress"] if "to" in rule]
+            inside = [
+                rule
+                for rule in spec["egress"]
+                if "to" in rule and not any("ipBlock" in peer for peer in rule["to"])
+            ]
             near = [
                 built.answers[n]
                 for n in ("mlflow_tracking_uri", "proxy")
