@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -266,11 +267,38 @@ def test_a_redirect_leaves_the_server_s_name_never(
         "//evil.example/x",
         "file:///etc/passwd",
         "http://[::1",
+        "http://169.254.169.254/latest/meta-data/",
+        "http://0xA9FEA9FE/",
+        "http://[fe80::1]/",
         "",
         "https://127.0.0.1:1/",
     ):
         served(at(SEARCH, (302, {"Location": location}, b"")))
         assert "127.0.0.1" in refusal()
+
+
+@pytest.mark.parametrize(
+    ("location", "follows"),
+    [
+        ("https://mlflow.example/b", True),
+        ("/b", True),
+        ("http://mlflow.example/b", False),
+        ("//mlflow.example:8443/b", False),
+        ("https://mlflow.example.evil.example/b", False),
+        ("https://mlflow.example@evil.example/b", False),
+    ],
+)
+def test_a_redirect_keeps_its_tls_and_its_server(location: str, follows: bool) -> None:
+    asked = lambda: registry.Registry._redirected(  # noqa: E731
+        SimpleNamespace(shown="https://mlflow.example"),  # type: ignore[arg-type]
+        "https://mlflow.example/a",
+        location,
+    )
+    if follows:
+        assert asked() == ("https://mlflow.example", "/b")
+        return
+    with pytest.raises(TemplateError, match="leads elsewhere"):
+        asked()
 
 
 def test_a_redirect_within_the_server_is_followed(served: Served) -> None:
