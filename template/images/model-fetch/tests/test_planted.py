@@ -211,6 +211,7 @@ def replaced(pod: Pod, path: str, more: Callable[[dict], object] = lambda value:
             if file["path"] == path:
                 file["sha256"] = hashlib.sha256(content).hexdigest()
                 file["mtime_ns"] = target.stat().st_mtime_ns
+                value["fetched"][path] = file["sha256"]
         more(value)
 
     edited(pod, agree)
