@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from docker.models.containers import Container
+
     from tests.containers.engine import Engine
 
 pytest_plugins = ["tests.containers.engine"]
@@ -32,10 +34,10 @@ pytest_plugins = ["tests.containers.engine"]
 SOURCES = Path(__file__).parents[1] / "template/images/model-fetch"
 PACKAGES = "ca-certificates,python3,python3-venv"
 PYTHON = "3.11"  # of Debian bookworm
-HARDENED = (
-    *("--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges"),
-    "--user=10001:10001",
-)
+HARDENED: dict[str, Any] = {
+    **{"read_only": True, "cap_drop": ["ALL"], "security_opt": ["no-new-privileges"]},
+    "user": "10001:10001",
+}
 
 
 class _Quiet(SimpleHTTPRequestHandler):
@@ -141,22 +143,38 @@ def model(volumes: dict[str, Path], url: str) -> dict[str, bytes]:
     return files
 
 
-def mounts(volumes: dict[str, Path]) -> list[str]:
+def ran(engine: Engine, image: str, volumes: dict[str, Path], **options: Any) -> tuple[int, str]:
+    """(exit code, log) of a container that has what a pod gives it, and no more."""
+    container = started(engine, image, volumes, **options)
+    try:
+        code = container.wait(timeout=120)["StatusCode"]
+        return code, container.logs().decode()
+    finally:
+        container.remove(force=True)
+
+
+def started(engine: Engine, image: str, volumes: dict[str, Path], **options: Any) -> Container:
     places = {"cache": "/cache", "model": "/model", "tmp": "/tmp"}
-    written = [f"--volume={volumes[name]}:{place}" for name, place in places.items()]
-    return [*written, f"--volume={volumes['pin']}:/etc/model:ro"]
+    mounts = {str(volumes[name]): {"bind": place} for name, place in places.items()}
+    mounts[str(volumes["pin"])] = {"bind": "/etc/model", "mode": "ro"}
+    return engine.client.containers.run(
+        image, detach=True, volumes=mounts, **HARDENED | {"network_mode": "host"} | options
+    )
 
 
 def test_the_image_is_what_it_says(engine: Engine, image: str) -> None:
-    config = json.loads(engine.docker("image", "inspect", image).stdout)[0]["Config"]
+    config = engine.client.images.get(image).attrs["Config"]
     assert config["User"] == "10001:10001"
     assert config["Labels"]["org.opencontainers.image.version"] == "1.2.3"
-    held = engine.docker(
-        *("run", "--rm", "--network=none", "--entrypoint=/bin/ls", image),
-        *("-R", "/opt/model-fetch/app"),
-    )
-    assert "cli.py" in held.stdout
-    assert "test_" not in held.stdout
+    held = engine.client.containers.run(
+        image,
+        ["-R", "/opt/model-fetch/app"],
+        entrypoint="/bin/ls",
+        network_mode="none",
+        remove=True,
+    ).decode()
+    assert "cli.py" in held
+    assert "test_" not in held
 
 
 def test_it_fetches_with_nothing_that_a_pod_may_not_have(
@@ -164,24 +182,24 @@ def test_it_fetches_with_nothing_that_a_pod_may_not_have(
 ) -> None:
     with served(volumes["store"]) as url:
         files = model(volumes, url)
-        options = [*HARDENED, *mounts(volumes)]
-        done = engine.docker("run", "--rm", "--network=host", *options, image)
-    assert "acme-tiny version 3 is ready" in done.stdout
+        code, log = ran(engine, image, volumes)
+    assert code == 0, log
+    assert "acme-tiny version 3 is ready" in log
     folder = volumes["cache"] / "acme-tiny/3"
     assert {path: (folder / path).read_bytes() for path in files} == files
     assert os.readlink(volumes["model"] / "current") == "/cache/acme-tiny/3"
-    again = engine.docker("run", "--rm", "--network=none", *options, image)
-    assert "already there" in again.stdout
+    code, log = ran(engine, image, volumes, network_mode="none")
+    assert code == 0, log
+    assert "already there" in log
 
 
 def test_it_fails_in_one_line_with_its_exit_code(
     engine: Engine, image: str, volumes: dict[str, Path]
 ) -> None:
     model(volumes, "http://127.0.0.1:9")
-    options = ["--network=host", *HARDENED, *mounts(volumes), "--env=MODEL_FETCH_RETRIES=0"]
-    done = engine.docker("run", "--rm", *options, image, check=False)
-    assert done.returncode == 5, done.stdout
-    assert done.stdout.rstrip().splitlines()[-1].startswith("error: ")
+    code, log = ran(engine, image, volumes, environment={"MODEL_FETCH_RETRIES": "0"})
+    assert code == 5, log
+    assert log.rstrip().splitlines()[-1].startswith("error: ")
     assert not (volumes["cache"] / "acme-tiny/3").exists()
 
 
@@ -190,28 +208,23 @@ def test_signals_reach_it_as_the_first_process(
 ) -> None:
     """As PID 1 it gets no default action from the kernel."""
     model(volumes, "http://127.0.0.1:9")
-    options = ["--network=host", *HARDENED, *mounts(volumes), "--env=MODEL_FETCH_RETRIES=1000"]
-    name = "model-fetch-signals"
-    engine.docker("rm", "--force", name, check=False)
-    engine.docker("run", "--detach", f"--name={name}", *options, image)
+    container = started(engine, image, volumes, environment={"MODEL_FETCH_RETRIES": "1000"})
     try:
         for _ in range(300):
-            if "version 3" in engine.docker("logs", name).stdout:
+            if b"version 3" in container.logs():
                 break
             time.sleep(0.1)
-        engine.docker("stop", "--time=30", name)
-        assert (
-            engine.docker("inspect", "--format={{.State.ExitCode}}", name).stdout.strip() == "143"
-        )
-        assert "stopped by SIGTERM" in engine.docker("logs", name).stdout
+        container.stop(timeout=30)
+        assert container.wait()["StatusCode"] == 143
+        assert b"stopped by SIGTERM" in container.logs()
     finally:
-        engine.docker("rm", "--force", name, check=False)
+        container.remove(force=True)
 
 
 def test_all_that_it_may_need_is_in_the_image(engine: Engine, image: str) -> None:
     """Read-only, without a network: signing for S3, MLflow's client, the conversion of Jina."""
     code = "import boto3, mlflow.artifacts, numpy; from model_fetch import jina, pin, registry"
-    engine.docker(
-        *("run", "--rm", "--network=none", *HARDENED, "--tmpfs=/tmp", "--entrypoint=python"),
-        *(image, "-c", code),
-    )
+    engine.client.containers.run(
+        image, ["-c", code], entrypoint="python", network_mode="none", tmpfs={"/tmp": ""}, remove=True,
+        **HARDENED,
+    )  # fmt: skip
