@@ -227,7 +227,10 @@ def check(project: Path, stored: dict[str, Any]) -> None:
         for line in (build / "Dockerfile").read_text().splitlines()
         if line.startswith("COPY ")
     ]
-    assert copied == ["model-fetch/requirements*.txt", "model-fetch/model_fetch", "thinkube"]
+    page = ["playground/index.html"] if stored["thinkube_deployment"] == "app" else []
+    fetch = ["model-fetch/requirements*.txt", "model-fetch/model_fetch"]
+    assert copied == [*fetch, "thinkube", *page]
+    assert all((build / path).is_file() for path in page)
     cluster = (project / "deploy/base/pin.json").read_text()
     assert (build / "thinkube/pin.json").read_text() == cluster
     settings = (build / "thinkube/settings.sh").read_text()
