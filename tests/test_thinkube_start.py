@@ -251,7 +251,10 @@ def make(
     yield of
     for container in made:
         if container.started and container.started.poll() is None:
-            container.started.terminate()
+            pid = container.started.pid
+            if container.command:  # strace itself heeds no signal
+                pid = int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+            os.kill(pid, signal.SIGTERM)
             (container.stub / "second").touch()
             (container.stub / "load").write_text("fail")
             container.started.wait(timeout=60)
