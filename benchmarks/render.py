@@ -58,7 +58,8 @@ def this_template(folder: Path) -> Path:
     ignored = shutil.ignore_patterns("__pycache__", "node_modules", ".*_cache")
     for name in ("extensions", "template"):
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignored)
-    shutil.copy(ROOT / "copier.yml", folder)
+    for name in ("copier.yml", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
     return git_template(folder)
 
 

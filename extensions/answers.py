@@ -55,6 +55,7 @@ def _one_of(*values: str) -> Rule:
     return Rule(choices=lambda: values)
 
 
+_ENVIRONMENT = r"[a-z]([-a-z0-9]{0,18}[a-z0-9])?"
 _NAMESPACES = Rule(
     "a list of namespaces: separate their names by spaces", rf"({_DNS_LABEL}( {_DNS_LABEL})*)?"
 )
@@ -127,6 +128,10 @@ RULES: dict[str, Rule] = {
     ),
     "runtime_class_name": Rule("the name of a RuntimeClass, or empty for none", rf"({_DNS_NAME})?"),
     "allowed_namespaces": _NAMESPACES,
+    "environments": Rule(
+        "two or more names of environments: use lower-case letters and digits, separated by spaces",
+        rf"({_ENVIRONMENT}( {_ENVIRONMENT}){{1,8}})?",
+    ),
     "gateway_listener": Rule(
         "a listener of a Gateway: use namespace/gateway/listener, or namespace/gateway for all of them",
         rf"{_DNS_LABEL}/{_DNS_NAME}(/{_DNS_NAME})?",
@@ -287,11 +292,54 @@ def check_together(given: Mapping[str, Any], pin: Pin) -> None:
             "would serve several versions: set MLFLOW_TRACKING_URI to pin one, or answer replicas=1 "
             "and no autoscaling."
         )
+    if problem := _environments_problem(given, pin):
+        raise ConfigurationError(f"environments: {problem}.")
     if pin.facts.pooling is None and given["pooling"] == "auto":
         raise UnsuitableModelError(
             f"{pin.model_id} does not say how it pools, and TEI would guess: answer pooling=mean, "
             "cls or last-token (its model card says which)."
         )
+
+
+def _environments_problem(given: Mapping[str, Any], pin: Pin) -> str:
+    names = given["environments"].split()
+    if len(set(names)) != len(names):
+        return f"{given['environments']} names one twice: name each once"
+    if names and given["platform"] == "thinkube":
+        return "Thinkube deploys one: leave it empty, and make an app of another name for another"
+    if names and pin.version is None:
+        return "nothing is pinned, so there is no version to move on: set MLFLOW_TRACKING_URI to pin one"
+    longest = max((len(overlay.namespace) for overlay in overlays(given)), default=0)
+    return (
+        "the namespace and a name are more than 63 characters: shorten one" if longest > 63 else ""
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Overlay:
+    """One of several environments."""
+
+    name: str
+    namespace: str
+    host: str
+    follows: bool
+    """Serves what is pinned; the others serve what was promoted to them."""
+
+
+def overlays(given: Mapping[str, Any]) -> list[Overlay]:
+    """The environments in their order; none where there is one. The last has the plain names."""
+    names = dict.fromkeys(given["environments"].split())
+    project, domain = given["project_name"], given["domain_name"]
+    return [
+        Overlay(
+            name,
+            given["namespace"] if last else f"{given['namespace']}-{name}",
+            f"{project}.{domain}" if last else f"{project}-{name}.{domain}",
+            follows=at == 0,
+        )
+        for at, name in enumerate(names)
+        for last in [at == len(names) - 1]
+    ]
 
 
 def kustomize_components(components: Iterable[str], replicas: str) -> set[str]:

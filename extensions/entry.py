@@ -83,7 +83,9 @@ def _compile_once(environment: Environment) -> None:
     def from_string(source: Any, *args: Any, **kwargs: Any) -> Template:
         if args or kwargs or not isinstance(source, str):
             return compile_string(source, *args, **kwargs)
-        if source not in kept:
+        if source in kept:
+            environment.preprocess(source)  # forgets the path's `yield` before, as compiling does
+        else:
             kept[source] = compile_string(source)
         return kept[source]
 
@@ -245,6 +247,12 @@ class TextEmbeddings(Extension):
             return pin_of(context).to_mapping()
 
         @pass_context
+        def in_git(context: Context) -> bool:
+            """Whether the new repository is in one of Git already."""
+            target = Path(context["_copier_conf"]["dst_path"]).resolve()
+            return any((folder / ".git").exists() for folder in (target, *target.parents))
+
+        @pass_context
         def needs_mlflow_client(context: Context) -> bool:
             """Whether model-fetch asks MLflow by its client: which version, or for the files.
 
@@ -293,6 +301,12 @@ class TextEmbeddings(Extension):
             return sorted(answers.kustomize_components(context["components"], context["replicas"]))
 
         @pass_context
+        def overlays(context: Context) -> list[Any]:
+            """The environments, where there are several."""
+            found: list[Any] = answers.overlays(context)
+            return found
+
+        @pass_context
         def components_left_out(context: Context) -> list[str]:
             """Names of those that are not."""
             every = answers.kustomize_components(answers.COMPONENTS, context["replicas"])
@@ -311,10 +325,12 @@ class TextEmbeddings(Extension):
             "accelerator_of": accelerator.for_name,
             "chosen_components": chosen_components,
             "components_left_out": components_left_out,
+            "overlays": overlays,
             "pinned": pinned,
             "deployed_pin": deployed_pin,
             "plan": plan,
             "thinkube": thinkube,
+            "in_git": in_git,
             "needs_mlflow_client": needs_mlflow_client,
             "every_tei_edit": every_tei_edit,
             "usual_platform": usual_platform,

@@ -56,7 +56,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     left_out = shutil.ignore_patterns("__pycache__", ".*_cache", ".venv", "node_modules")
     for name in ("extensions", "template"):
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=left_out)
-    for name in ("copier.yml", "manifest.yaml"):
+    for name in ("copier.yml", "manifest.yaml", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     return folder
 
@@ -74,6 +74,9 @@ def no_registry(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def render(template: Path, tmp_path: Path) -> Render:
     """Render the template with these answers, over the defaults; returns the new repository.
+
+    Copier's own API, for pytest-copie (0.3.1) gives answers as defaults of a person (`user_defaults`), which
+    no validator sees before the questions do, cannot leave files out, and shows -1 for any exit code.
 
     `program=False` leaves out model-fetch's program, which is the same for all answers: Copier
     starts a Git process per file.
