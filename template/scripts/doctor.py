@@ -211,7 +211,10 @@ class Needs:
 
     def by_hand(self) -> Iterator[tuple[str, str, str]]:
         """(kind, name, words that create it) of what is in no file: Secrets, and an authority's file."""
-        for pull in self.pod.get("imagePullSecrets", []):
+        pulls = list(self.pod.get("imagePullSecrets", []))
+        for account in self.of("ServiceAccount"):
+            pulls += account.get("imagePullSecrets", [])
+        for pull in pulls:
             login = "--docker-server=… --docker-username=… --docker-password=…"
             yield "secret", pull["name"], f"docker-registry {pull['name']} {login}"
         for container in self.containers:
