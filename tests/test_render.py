@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from copier.errors import UserMessageError
+from pytest_copie.plugin import Copie
 
 from extensions import accelerator, catalog, sizing
 from extensions.pin import Pin
@@ -179,8 +180,11 @@ def test_without_a_registry_the_version_is_left_to_the_cluster(render: Render, m
     assert "in no registry at hand" in (project / "README.md").read_text()
 
 
-def test_the_default_answers_are_those_of_a_dgx_spark(render: Render) -> None:
-    stored = yaml.safe_load((render() / ".copier-answers.yml").read_text())
+def test_the_default_answers_are_those_of_a_dgx_spark(copie: Copie, template: Path) -> None:
+    """By pytest-copie, which is for exactly this; see conftest's `render` for all the others."""
+    result = copie.copy(template_dir=template)
+    assert result.exit_code == 0, result.exception
+    stored = result.answers
 
     assert (stored["accelerator"], stored["image_platform"]) == ("gb10", "linux/arm64")
     assert stored["replicas"] == "1"
