@@ -222,20 +222,28 @@ def mlflow_inside(cluster: Cluster) -> Iterator[None]:
         ports = [{"name": "http", "port": port}]
         at = {"namespace": "mlops", "name": "mlflow"}
         served = [{"name": "http", "port": 5000, "targetPort": port}]
-        subset = [{"addresses": [{"ip": own}], "ports": ports}]
+        # The API server goes to no address that is not a pod's.
+        behind = {"kind": "Pod", "namespace": "mlops", "name": "mlflow"}
+        subset = [{"addresses": [{"ip": own, "targetRef": behind}], "ports": ports}]
+        runs = {"containers": [{"name": "mlflow", "image": "mlflow"}]}
         objects = [
             {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "mlops"}},
+            {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": at | {"name": "default"}},
+            {"apiVersion": "v1", "kind": "Pod", "metadata": at, "spec": runs},
             {"apiVersion": "v1", "kind": "Service", "metadata": at, "spec": {"ports": served}},
             {"apiVersion": "v1", "kind": "Endpoints", "metadata": at, "subsets": subset},
             {
                 **{"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice"},
                 **{"metadata": at | {"labels": labels}, "addressType": "IPv4"},
-                **{"endpoints": [{"addresses": [own]}], "ports": ports},
+                **{"endpoints": [{"addresses": [own], "targetRef": behind}], "ports": ports},
             },
         ]
         for item in objects:
             made = cluster.kubectl("create", "--filename=-", text=json.dumps(item))
             assert made.returncode == 0, made.stderr
+        runs_at = json.dumps({"status": {"podIP": own, "podIPs": [{"ip": own}]}})
+        named = ("--namespace", "mlops", "patch", "pod", "mlflow")
+        cluster.done(*named, "--subresource=status", f"--patch={runs_at}")
         yield
 
 

@@ -199,7 +199,7 @@ def test_every_question_has_a_help_that_asks_and_a_default() -> None:
     for name, question in questions.items():
         assert set(question) <= known, name
         assert "default" in question, name
-        hidden = name in ("pin", "objects_folder", "answers_agree")
+        hidden = name in ("pin", "objects_folder", "page_folder", "answers_agree")
         assert hidden or re.search(r"\?( \(|$)", question["help"]), name
 
 
