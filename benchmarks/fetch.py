@@ -298,32 +298,35 @@ def mlflow_server(work: Path, models: Path, command: str) -> Iterator[str]:
         yield url
 
 
-@contextmanager
-def s3_server(work: Path, models: Path) -> Iterator[str]:
+def fill(url: str, folder: Path) -> None:
+    """Make the bucket at an S3 endpoint, and put the folder's files into it."""
     import boto3
 
+    client = boto3.client(
+        "s3",
+        endpoint_url=url,
+        region_name="us-east-1",
+        aws_access_key_id=KEYS["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=KEYS["AWS_SECRET_ACCESS_KEY"],
+    )
+    client.create_bucket(Bucket=BUCKET)
+    for path in folder.iterdir():
+        client.upload_file(str(path), BUCKET, f"{folder.name}/{path.name}")
+
+
+@contextmanager
+def s3_server(work: Path, models: Path) -> Iterator[str]:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     arguments = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with server(arguments, f"{url}/moto-api/", work / "s3.log", {}):
-        client = boto3.client(
-            "s3",
-            endpoint_url=url,
-            region_name="us-east-1",
-            aws_access_key_id=KEYS["AWS_ACCESS_KEY_ID"],
-            aws_secret_access_key=KEYS["AWS_SECRET_ACCESS_KEY"],
-        )
-        client.create_bucket(Bucket=BUCKET)
-        for path in (models / "seven").iterdir():
-            client.upload_file(str(path), BUCKET, f"seven/{path.name}")
+        fill(url, models / "seven")
         yield url
 
 
 @contextmanager
 def seaweedfs(work: Path, models: Path, weed: str) -> Iterator[str]:
     """A real SeaweedFS with the single file in it, asked over S3 with keys."""
-    import boto3
-
     names = ("master", "volume", "filer", "s3")
     ports = {f"{name}.port{kind}": free_port() for name in names for kind in ("", ".grpc")}
     url = f"http://127.0.0.1:{ports['s3.port']}"
@@ -335,16 +338,7 @@ def seaweedfs(work: Path, models: Path, weed: str) -> Iterator[str]:
         *(f"-{name}={port}" for name, port in ports.items()),
     ]
     with server(arguments, f"{url}/healthz", work / "seaweedfs.log", KEYS):
-        client = boto3.client(
-            "s3",
-            endpoint_url=url,
-            region_name="us-east-1",
-            aws_access_key_id=KEYS["AWS_ACCESS_KEY_ID"],
-            aws_secret_access_key=KEYS["AWS_SECRET_ACCESS_KEY"],
-        )
-        client.create_bucket(Bucket=BUCKET)
-        for path in (models / "one").iterdir():
-            client.upload_file(str(path), BUCKET, f"one/{path.name}")
+        fill(url, models / "one")
         yield url
 
 
