@@ -135,6 +135,7 @@ def deployed(given: dict[str, Any]) -> Pin:
 
 DEFAULTS = {
     "model_version": "latest",
+    "environments": "",
     "project_description": "",
     "platform": "kubernetes",
     "domain_name": "example.com",

@@ -24,6 +24,10 @@ NOMIC, BGE, _, GTE, JINA_CODE, _, QWEN, QWEN_4B = MODEL_IDS
 PLAIN = tuple(model_id for model_id in MODEL_IDS if model_id != JINA_V3)
 
 
+NUMBERS: dict[tuple[str, str], str] = {}
+"""Of the versions in the registry, which other tests' versions may stand before."""
+
+
 @pytest.fixture(scope="session")
 def server(mlflow_proxied: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A registry with the eight models as mirrors of the Hub, version 1, and as sentence-transformers
@@ -36,7 +40,8 @@ def server(mlflow_proxied: str, tmp_path_factory: pytest.TempPathFactory) -> str
             folder = folders.write(
                 model_id, root / f"{version}-{model_id}", saved_again=saved_again
             )
-            register_snapshot(mlflow_proxied, folder, model_id)
+            number = register_snapshot(mlflow_proxied, folder, model_id)
+            NUMBERS[model_id, str(version)] = number
     return mlflow_proxied
 
 
@@ -70,7 +75,8 @@ def chain(
 
     def run(model_id: str, version: str, **answers: Any) -> Fetched:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
-        repository = render(model_id=model_id, model_version=version, **answers)
+        number = NUMBERS.get((model_id, version), version)
+        repository = render(model_id=model_id, model_version=number, **answers)
         link = tmp_path / "model/current"
         result = subprocess.run(
             [

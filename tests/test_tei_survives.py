@@ -364,10 +364,10 @@ def raw(server: Server, data: bytes, whole: bool = True) -> tuple[int, bytes]:
     with connected(server) as connection:
         try:
             connection.sendall(data)
+            if not whole:
+                connection.shutdown(socket.SHUT_WR)
         except OSError:
             pass  # it is refused before it is whole
-        if not whole:
-            connection.shutdown(socket.SHUT_WR)
         return answered(connection)
 
 

@@ -50,6 +50,7 @@ FRESH = 5.0  # seconds in which a refused address was not refused for its age
 # the keys of a store as they are, so what is quoted must be no part of a store's root.
 QUOTED = re.compile(r"([a-z][a-z0-9+.-]*:(?://[^/]*)?[^%]*)/([^/]*%.*)")
 BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")  # as botocore has it: a name of any age, of any store
+REGION = re.compile(r"[A-Za-z0-9-]{1,63}")  # as botocore has it: a label of a host's name
 # What the stores' signatures can cover; any other header would be MLflow's own idea.
 STORE_HEADER = re.compile(r"(x-amz|x-ms|x-goog)-[a-z0-9-]+", re.IGNORECASE)
 
@@ -362,7 +363,9 @@ class S3(Signed):
             "path" if self._endpoint else "auto"
         )
         keys = sigv4.Keys.from_environment(environ)
-        if keys and self._endpoint and style == "path":
+        # A profile, and a region that is none, are boto3's to judge.
+        plain = REGION.fullmatch(region) and not environ.get("AWS_PROFILE")
+        if keys and plain and self._endpoint and style == "path":
             self._sign = partial(_sign, self._endpoint, keys, region)
         else:
             self._sign = _boto3(self._endpoint, region, style)

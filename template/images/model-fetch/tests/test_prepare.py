@@ -41,6 +41,12 @@ def store(tmp_path) -> Path:
                 "path": "",
                 "type": "sentence_transformers.base.modules.transformer.Transformer",
             },
+            {
+                "idx": 1,
+                "name": "1",
+                "path": "1_Pooling",
+                "type": "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
+            },
         ],
     }
     encoded = {path: json.dumps(content).encode() for path, content in files.items()}
