@@ -119,6 +119,7 @@ RULES: dict[str, Rule] = {
     "mlflow_auth": _one_of("none", "token", "basic", "keycloak"),
     "replicas": Rule("a number of replicas: use a whole number from 1 to 99", r"[1-9][0-9]?"),
     "components": Rule(choices=lambda: COMPONENTS, many=True),
+    "ci": _one_of("none", "github", "gitlab"),
     "model_task": _one_of(*compatibility.JINA_V3_TASKS),
     "pooling": _one_of("auto", "cls", "mean", "last-token"),
     "tei_image": _one_of("build", "official"),
