@@ -66,6 +66,18 @@ contract: $(INSTALLED) $(VENV)/.reference ## Compare TEI's contract with the rea
 bench: $(INSTALLED) ## Measure rendering against an empty template; prints a table
 	$(BIN)/python benchmarks/render.py
 
+.PHONY: examples
+examples: $(INSTALLED) ## Render examples/ anew: its diff is what a change does to users
+	@$(BIN)/python -W ignore examples/render.py
+
+.PHONY: examples-check
+examples-check: $(INSTALLED) ## Say whether examples/ is what the template renders
+	@$(PYTEST) -q tests/test_examples.py
+
+.PHONY: release
+release: $(INSTALLED) ## Check, and tag this version with the changelog's entry; signed, where Git knows a key
+	@.ci/release
+
 .PHONY: pictures
 pictures: $(INSTALLED) ## Draw the documentation's pictures anew, before the real TEI
 	@$(BIN)/python -W ignore docs/pictures.py

@@ -70,6 +70,7 @@ COMPONENTS = (
     "api-key",
     "gpu-toleration",
     "playground",
+    "external-secrets",
 )
 
 RULES: dict[str, Rule] = {
@@ -120,6 +121,16 @@ RULES: dict[str, Rule] = {
     "replicas": Rule("a number of replicas: use a whole number from 1 to 99", r"[1-9][0-9]?"),
     "components": Rule(choices=lambda: COMPONENTS, many=True),
     "ci": _one_of("none", "github", "gitlab"),
+    "gitops": _one_of("none", "argocd", "flux"),
+    "git_url": Rule(
+        "the address of a Git repository: use https://host/path or ssh://git@host/path, without a login",
+        rf"(https://|ssh://(git@)?){_DNS_NAME}{_PORT}(/[A-Za-z0-9._~-]+)+",
+        secret=True,
+    ),
+    "secret_store": Rule(
+        "a store of External Secrets: use SecretStore/name or ClusterSecretStore/name",
+        rf"(Cluster)?SecretStore/{_DNS_NAME}",
+    ),
     "model_task": _one_of(*compatibility.JINA_V3_TASKS),
     "pooling": _one_of("auto", "cls", "mean", "last-token"),
     "tei_image": _one_of("build", "official"),
@@ -264,6 +275,20 @@ def check_together(given: Mapping[str, Any], pin: Pin) -> None:
         raise ConfigurationError(
             "components: autoscaling-hpa and autoscaling-keda would fight over the replicas: "
             "choose one."
+        )
+    if given.get("gitops", "none") != "none" and given["platform"] == "thinkube":
+        raise ConfigurationError(
+            "gitops: Thinkube deploys with an Argo CD of its own: answer none."
+        )
+    if given.get("gitops", "none") != "none" and given.get("environments"):
+        raise ConfigurationError(
+            "gitops: it deploys one environment: answer none, and point it at overlays/ yourself."
+        )
+    if "external-secrets" in components and not (
+        "api-key" in components or given["mlflow_auth"] != "none"
+    ):
+        raise ConfigurationError(
+            "components: external-secrets has nothing to bring: there is neither api-key nor mlflow_auth."
         )
     if refused_edge := edge.problem(components, truth(given.get("open_to_everyone", False))):
         raise refused_edge

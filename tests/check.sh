@@ -11,7 +11,7 @@ ruff format --quiet --check .
 say mypy "types of extensions/"
 mypy --no-error-summary
 say yamllint "YAML"
-yamllint --strict copier.yml extensions/data tests .yamllint.yaml
+yamllint --strict copier.yml extensions/data tests examples/shapes.yaml .github .yamllint.yaml
 
 rendered=$(mktemp -d)
 trap 'rm -rf "$rendered"' EXIT
@@ -22,6 +22,7 @@ for platform in kubernetes thinkube; do
     python -W ignore -m copier copy --trust --defaults --quiet --vcs-ref=HEAD \
       --data platform="$platform" --data accelerator="$accelerator" --data thinkube_deployment="$shape" \
       --data 'components=[monitoring, gateway, ingress, network-policy, api-key]' \
+      --data ci="$([ "$accelerator" = cpu ] && echo gitlab || echo github)" \
       . "$rendered/$platform-$accelerator" >/dev/null
   done
 done
@@ -31,5 +32,5 @@ say hadolint "rendered Dockerfiles"
 find "$rendered" -name '*Dockerfile*' -type f -exec hadolint {} +
 say shellcheck "shell"
 find . "$rendered" \( -name .venv -o -name .cache -o -name .git -o -name node_modules -o -name .state \) -prune \
-  -o -type f -name '*.sh' -print0 | xargs -0 shellcheck .ci/run
+  -o -type f -name '*.sh' -print0 | xargs -0 shellcheck .ci/run .ci/release
 echo "All checks passed."

@@ -13,11 +13,12 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 
 import trustme
 import yaml
@@ -35,6 +36,23 @@ CRDS = {
     "github.com/kedacore/keda/v2@v2.17.0": ("config/crd/bases", ("keda.sh_scaledobjects.yaml",)),
 }
 """Modules that hold custom resources, and where."""
+
+GITOPS = {
+    "github.com/argoproj/argo-cd/v3@v3.1.0": ("manifests/crds", ("application-crd.yaml",)),
+    "github.com/fluxcd/kustomize-controller@v1.7.3": (
+        "config/crd/bases",
+        ("kustomize.toolkit.fluxcd.io_kustomizations.yaml",),
+    ),
+    "github.com/fluxcd/source-controller@v1.7.3": (
+        "config/crd/bases",
+        ("source.toolkit.fluxcd.io_gitrepositories.yaml",),
+    ),
+    "github.com/external-secrets/external-secrets@v0.17.0": (
+        "config/crds/bases",
+        ("external-secrets.io_externalsecrets.yaml",),
+    ),
+}
+"""The same of what deploys out of Git, and of what brings Secrets."""
 
 USERS = {"admin-token": ("admin", "system:masters"), "tenant-token": ("bob", "")}
 """By token: name and group. bob may do what a RoleBinding says."""
@@ -139,8 +157,10 @@ class Cluster:
 
 
 @contextmanager
-def serving(version: str) -> Iterator[Cluster]:
-    """Run an API server with the custom resources of CRDS until the block ends.
+def serving(
+    version: str, more: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType({})
+) -> Iterator[Cluster]:
+    """Run an API server with the custom resources of CRDS, and more, until the block ends.
 
     Raises: Missing.
     """
@@ -180,7 +200,7 @@ def serving(version: str) -> Iterator[Cluster]:
         with _running(etcd, folder / "etcd.log"), _running(api, folder / "api.log"):
             cluster = Cluster(folder)
             _wait(cluster)
-            for name, (where, patterns) in CRDS.items():
+            for name, (where, patterns) in (CRDS | dict(more)).items():
                 for path in (p for one in patterns for p in (module(name) / where).glob(one)):
                     cluster.done("apply", "--server-side", "-f", path)
             cluster.done("wait", "--for=condition=Established", "crd", "--all", "--timeout=60s")

@@ -64,10 +64,10 @@ def refused(copier_copy: Copy, tmp_path: Path) -> Callable[..., str]:
         ("platform=nomad", "platform: 'nomad' is not one of kubernetes, thinkube."),
         ("components=[monitoring, magic]", "components: '[monitoring, magic]' is not a list of these, as in "
          "[a, b]: monitoring, autoscaling-hpa, autoscaling-keda, gateway, ingress, network-policy, api-key, "
-         "gpu-toleration, playground."),
+         "gpu-toleration, playground, external-secrets."),
         ("components=[", "components: '[' is not a list of these, as in [a, b]: monitoring, "
          "autoscaling-hpa, autoscaling-keda, gateway, ingress, network-policy, api-key, gpu-toleration, "
-         "playground."),
+         "playground, external-secrets."),
         ("model_id=../../etc/passwd", "model_id: '../../etc/passwd' is not a Hugging Face id (owner/name) or "
          "the name of a registered model: use letters, digits, '.', '_', '-' and at most one '/'."),
         ("model_version=newest", "model_version: 'newest' is not a model version: use latest, a number, or "

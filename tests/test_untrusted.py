@@ -73,7 +73,9 @@ def test_a_free_text_answer_arrives_or_is_refused(name: str, template: Path, fol
         given = {name: value} if name.startswith("model_") else {"pin": pinned(MODEL), name: value}
         given.setdefault("model_id", MODEL)
         components = ["monitoring", "gateway", "ingress", "network-policy", "api-key"]
+        components.append("external-secrets")
         given |= {"components": components, "accelerator": "l4", "mlflow_auth": "keycloak"}
+        given |= {"ci": "github", "gitops": "flux"}
         try:
             copier.run_copy(
                 str(template),

@@ -271,27 +271,58 @@ def test_two_releases_at_once_are_as_one_after_the_other(empty: Repository) -> N
     assert steps == at_once
 
 
-def test_every_released_version_updates_to_this_one(empty: Repository, tmp_path: Path) -> None:
-    listed = subprocess.run(
-        ["git", "tag", "--list", "v*"], cwd=ROOT, capture_output=True, text=True
+FIRST = "351dd91b074cfdc99f78c6139c1fb5d5b5de2901"
+"""Stands for a release until there is one: main before repositories had CI and environments."""
+
+
+def known(revision: str) -> bool:
+    """Whether this clone has a commit."""
+    asked = ["git", "cat-file", "-e", f"{revision}^{{commit}}"]
+    return subprocess.run(asked, cwd=ROOT, capture_output=True).returncode == 0
+
+
+def released() -> list[str]:
+    asked = ["git", "tag", "--list", "v*"]
+    return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True).stdout.split()
+
+
+@pytest.mark.parametrize("revision", [FIRST, *released()])
+def test_every_released_version_updates_to_this_one(
+    revision: str, empty: Repository, template: Path, tmp_path: Path
+) -> None:
+    """What comes out is what this version renders from the same answers, and a person's own edit."""
+    if not known(revision):
+        pytest.skip(f"this clone does not have {revision[:12]}: git fetch --unshallow --tags")
+    clone, folder, fresh = tmp_path / "clone", tmp_path / "old", tmp_path / "fresh"
+    empty.git("clone", "--quiet", "--no-checkout", str(ROOT), str(clone), where=tmp_path)
+    empty.git("checkout", "--quiet", revision, where=clone)
+    folder.mkdir()
+    project = Repository(folder, clone, empty.home)
+    answers = (
+        *(f"model_id={MODEL}", f"pin={json.dumps(pinned(MODEL))}", "accelerator=l4"),
+        "components=[monitoring, network-policy, api-key]",
     )
-    tags = listed.stdout.split()
-    if not tags:
-        pytest.skip("nothing is released yet")
-    for tag in tags:
-        clone, folder = tmp_path / f"clone-{tag}", tmp_path / f"project-{tag}"
-        empty.git("clone", "--quiet", "--branch", tag, str(ROOT), str(clone), where=tmp_path)
-        folder.mkdir()
-        project = Repository(folder, clone, empty.home)
-        project.copy(f"model_id={MODEL}", f"pin={json.dumps(pinned(MODEL))}", "accelerator=l4")
-        before = project.pin
-        for name in ("extensions", "template"):
-            shutil.rmtree(clone / name)
-            shutil.copytree(empty.template / name, clone / name, symlinks=True)
-        shutil.copy(empty.template / "copier.yml", clone)
-        project.release("v999.0.0")
-        project.updated()
-        assert project.pin == before
+    project.copy(*answers)
+    before = project.pin
+    mine = "# mine\n" + (folder / "smoke/job.sh").read_text()
+    (folder / "smoke/job.sh").write_text(mine)
+    project.commit("mine")
+
+    for name in ("extensions", "template"):
+        shutil.rmtree(clone / name)
+        shutil.copytree(template / name, clone / name, symlinks=True)
+    for name in ("copier.yml", "manifest.yaml"):
+        shutil.copy(template / name, clone)
+    project.release("v999.0.0")
+    project.updated()
+
+    assert project.pin == before
+    fresh.mkdir()
+    Repository(fresh, clone, empty.home).copy(*answers)
+    expected, found = Repository(fresh, clone, empty.home).tree(), project.tree()
+    assert found.pop("smoke/job.sh") == mine
+    assert f"# mine\n{expected.pop('smoke/job.sh')}" == mine
+    assert found == expected
 
 
 # What is said

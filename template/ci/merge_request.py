@@ -381,7 +381,9 @@ def _made(clone: Clone, *target: str) -> str:
     if done.returncode:
         lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
         ended = [line for line in lines if line.startswith("error: ")] or lines[-1:]
-        raise Stop(f"make {target[0]}: " + plain(" ".join(ended)).removeprefix("error: ")[:500])
+        raise Stop(
+            f"make {target[0]}: " + plain(" ".join(ended)).removeprefix("error: ").rstrip(".")[:500]
+        )
     return done.stdout.partition(" files changed. ")[0].rpartition("\n")[0]
 
 
