@@ -185,7 +185,7 @@ def fsync(fd):
     real(fd)
     path = os.readlink(f"/proc/self/fd/{fd}")
     here, there = os.environ["LOSES"].split(":")
-    if path.startswith(here) and path.endswith((".new", ".partial")):
+    if path.startswith(here) and path.endswith(("config.json.new", ".partial")):
         other = path.replace(here, there)
         while not os.path.exists(other):
             time.sleep(0.05)
