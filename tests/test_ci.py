@@ -198,7 +198,7 @@ def steps(folder: Path, ci: str, job: str) -> list[tuple[str, dict[str, str]]]:
         said = yaml.safe_load((folder / ".gitlab-ci.yml").read_text())
         variables = {**said["variables"], **said[job].get("variables", {})}
         rows = [(line, variables) for line in said[job]["script"]]
-    own = re.compile(r"apt-get|uv tool install|merge_request\.py|check-update|/root/")
+    own = re.compile(r"apt-get|uv tool install|merge_request\.py|check-update|/\.docker")
     return [row for row in rows if not own.search(row[0])]
 
 

@@ -36,7 +36,7 @@ def theirs(path: Path) -> bool:
     try:
         with safetensors.safe_open(path, "numpy"):
             return True
-    except Exception:
+    except safetensors.SafetensorError:
         return False
 
 
