@@ -62,7 +62,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     left_out = shutil.ignore_patterns("__pycache__", ".*_cache", ".venv", "node_modules")
     for name in ("extensions", "template"):
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=left_out)
-    for name in ("copier.yml", "manifest.yaml", "LICENSE"):
+    for name in ("copier.yml", "manifest.yaml"):
         shutil.copy(ROOT / name, folder)
     return folder
 

@@ -19,7 +19,7 @@ from pytest_copie.plugin import Copie
 from extensions import accelerator, catalog, sizing
 from extensions.pin import Pin
 from tests import thinkube
-from tests.conftest import Render, pinned
+from tests.conftest import ROOT, Render, pinned
 
 PLATFORMS = ("kubernetes", "thinkube")
 STORAGES = ("pvc", "ephemeral", "mount")
@@ -201,6 +201,16 @@ def test_every_question_has_a_help_that_asks_and_a_default() -> None:
         assert "default" in question, name
         hidden = name in ("pin", "objects_folder", "page_folder", "answers_agree")
         assert hidden or re.search(r"\?( \(|$)", question["help"]), name
+
+
+def test_the_template_s_folders_are_enough_to_render_it() -> None:
+    """Not a link leads to what else is in this repository: copies of these folders would lack it."""
+    folders = [ROOT / name for name in ("template", "extensions")]
+    links = [path for folder in folders for path in folder.rglob("*") if path.is_symlink()]
+    assert links
+    for link in links:
+        assert any(link.resolve(strict=True).is_relative_to(folder) for folder in folders), link
+    assert (ROOT / "LICENSE").read_bytes() == (ROOT / "template/LICENSE").read_bytes()
 
 
 def test_what_its_own_commands_leave_is_no_change(render: Render) -> None:
