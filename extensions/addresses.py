@@ -23,12 +23,25 @@ NEVER_ASKED = tuple(
         "fd20:ce::254/128",  # metadata of Google Compute Engine over IPv6 (its documentation)
         "100.100.100.200/32",  # metadata of Alibaba Cloud (ECS user guide)
         "168.63.129.16/32",  # WireServer of Azure (Azure's virtual network documentation)
+        "192.0.0.192/32",  # metadata of Oracle Cloud Classic (its documentation)
+        "fd00:c1::a9fe:a9fe/128",  # metadata of Oracle Cloud over IPv6 (oci-python-sdk)
+        "fd00:42::42/128",  # metadata of Scaleway over IPv6 (its documentation)
     )
 )
 """Networks that answer with a machine's credentials, and that no registry or store is in."""
 
+_NEVER_NAMED = frozenset(
+    {
+        *("metadata", "metadata.google.internal", "metadata.goog"),  # Google Compute Engine
+        *("instance-data", "instance-data.ec2.internal"),  # AWS
+        "metadata.tencentyun.com",
+    }
+)
+"""Names of the same, where a proxy resolves them; else it is their address that tells."""
+
 _WITH_IPV4 = (
     (ipaddress.ip_network("64:ff9b::/96"), 0),  # NAT64 (RFC 6052): the last 32 bits
+    (ipaddress.ip_network("::ffff:0:0:0/96"), 0),  # IPv4-translated (RFC 2765)
     (ipaddress.ip_network("2002::/16"), 80),  # 6to4 (RFC 3056): the 32 bits behind the prefix
     (ipaddress.ip_network("::/96"), 0),  # IPv4-compatible (RFC 4291), deprecated
 )
@@ -106,7 +119,9 @@ def place(url: str) -> str:
 
 
 def leads_to_metadata(host: str) -> bool:
-    """Whether a host is the number of one that is never asked, in any form that a resolver takes."""
+    """Whether a host is one that is never asked: by name, or by number in any form that is one."""
+    if host.lower().rstrip(".") in _NEVER_NAMED or never_asked(host):
+        return True
     try:
         found = socket.getaddrinfo(host, None, flags=socket.AI_NUMERICHOST)
     except (OSError, UnicodeError):

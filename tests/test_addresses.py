@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given, seed
 from hypothesis import strategies as st
 
-from extensions.addresses import BadAddress, checked, joined, never_asked, origin, place
+from extensions.addresses import (
+    BadAddress,
+    checked,
+    joined,
+    leads_to_metadata,
+    never_asked,
+    origin,
+    place,
+)
 
 
 @pytest.mark.parametrize(
@@ -58,10 +66,28 @@ def test_a_redirect_leads_where_a_browser_would_go() -> None:
         *("169.254.169.254", "169.254.170.2", "169.254.0.1", "fe80::1", "fe80::1%eth0"),
         *("::ffff:169.254.169.254", "::169.254.169.254", "64:ff9b::a9fe:a9fe", "2002:a9fe:a9fe::"),
         *("fd00:ec2::254", "fd00:ec2::23", "fd20:ce::254", "100.100.100.200", "168.63.129.16"),
+        *("192.0.0.192", "fd00:c1::a9fe:a9fe", "fd00:42::42", "::ffff:0:169.254.169.254"),
     ],
 )
 def test_where_credentials_of_machines_are_kept(number: str) -> None:
     assert never_asked(number)
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("metadata.google.internal", "METADATA.google.internal.", "metadata.goog", "metadata"),
+        *("instance-data.ec2.internal", "2852039166", "0xa9fea9fe", "0251.0376.0251.0376"),
+        *("169.254.43518", "fe80::1%nowhere", "[::ffff:a9fe:a9fe]".strip("[]")),
+    ],
+)
+def test_where_a_proxy_would_find_them(host: str) -> None:
+    assert leads_to_metadata(host)
+
+
+@pytest.mark.parametrize("host", ["metadata.example.com", "internal", "8.8.8.8", "a..b", "", "é"])
+def test_where_a_proxy_finds_stores(host: str) -> None:
+    assert not leads_to_metadata(host)
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,20 @@ def test_the_template_s_folders_are_enough_to_render_it() -> None:
     assert (ROOT / "LICENSE").read_bytes() == (ROOT / "template/LICENSE").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("accelerator", "tei_image", "said"),
+    [("h100", "official", " or of Hugging Face's image"), ("cpu", "official", ""), ("cpu", "build", "")],
+)
+def test_images_whose_digest_is_unknown_are_told(
+    render: Render, accelerator: str, tei_image: str, said: str
+) -> None:
+    rendered = render(accelerator=accelerator, tei_image=tei_image, image_platform="linux/amd64")
+    readme = " ".join((rendered / "README.md").read_text().split())
+    assert f"No digest of a base image{said} was known to the template" in readme
+    pinned_image = "@sha256:" in (rendered / "compose.yaml").read_text()
+    assert pinned_image == (tei_image == "official" and not said)
+
+
 def test_what_its_own_commands_leave_is_no_change(render: Render) -> None:
     project = render(program=False)
     for words in (["init", "-q"], ["add", "-A"]):

@@ -16,7 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -43,6 +43,8 @@ class Answer:
     path: str
     status: int
     body: bytes
+    key: str | None = field(default=None, repr=False)
+    """That it was asked with, which is never shown."""
 
     def mapping(self) -> dict[str, Any]:
         """The JSON object that the body holds; raises Failed when it holds none."""
@@ -62,8 +64,10 @@ class Answer:
         return self
 
     def _start(self) -> str:
-        text = self.body[:120].decode("utf-8", "replace").strip()
-        return f": {text}" if text else ""
+        text = self.body[:4096].decode("utf-8", "replace").strip()
+        if self.key:
+            text = text.replace(self.key, "<the key>")  # before a cut through it hides it
+        return f": {text[:120]}" if text else ""
 
 
 @dataclass(frozen=True)
@@ -163,7 +167,7 @@ class Endpoint:
             raise Failed(f"{path}: {reason if isinstance(answer, OSError) else _kind(answer)}")
         if len(answer.body) > LONGEST_ANSWER:
             raise Failed(f"{path} answers more than {LONGEST_ANSWER >> 20} MiB")
-        return answer
+        return replace(answer, key=self.key)
 
 
 def base_url(text: str) -> str:

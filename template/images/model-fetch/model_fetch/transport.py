@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from . import limits, reading
-from .addresses import BadAddress, joined, never_asked, origin, origin_text, place
+from .addresses import BadAddress, joined, leads_to_metadata, never_asked, origin, origin_text, place
 from .failures import ConfigurationError, DeniedError, UnreachableError
 from .proxies import Proxy
 from .trust import NO_TLS, Trust, refused_certificate
@@ -288,7 +288,8 @@ def _led(request: Request, proxy: Proxy, until: float) -> socket.socket:
     """A connection that a proxy leads to the server; for http:// it is the proxy's own."""
     scheme, host, port = origin(request.url)
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    _may_be_asked(request, host)
+    if leads_to_metadata(host):  # the proxy's resolver would know
+        _may_not_be_asked(request)
     sock = None
     try:
         sock = _dial(Request(f"http://{proxy.host}:{proxy.port}"), proxy.host, proxy.port, until)
@@ -315,8 +316,9 @@ def _led(request: Request, proxy: Proxy, until: float) -> socket.socket:
         raise
 
 
-def _may_be_asked(request: Request, address: str) -> None:
-    if not request.own and never_asked(address):
+def _may_not_be_asked(request: Request) -> None:
+    """Refuses a link-local or metadata address that a server named."""
+    if not request.own:
         raise UnreachableError(
             f"{place(request.url)} is a link-local or metadata address, which is not asked "
             "because a server says so: look at what the registry and its store are"
@@ -328,7 +330,8 @@ def _dial(request: Request, host: str, port: int, until: float) -> socket.socket
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     failure = OSError("no address")
     for family, kind, protocol, _, address in found[: limits.ADDRESSES]:
-        _may_be_asked(request, str(address[0]))
+        if never_asked(str(address[0])):
+            _may_not_be_asked(request)
         try:
             sock = socket.socket(family, kind, protocol)
             try:

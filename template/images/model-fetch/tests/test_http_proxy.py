@@ -13,13 +13,15 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from fetchkit.models import PinnedModel
+from fetchkit.hostile import answering
+from fetchkit.models import PinnedModel, embedding_model
 from fetchkit.program import Pod, assert_failed, assert_ready
 from fetchkit.store import Store, _Server, serve
 from model_fetch.failures import ConfigurationError
 from model_fetch.proxies import Proxies
 
 NAME = "mlflow.example.com"  # resolved by nobody but the proxy
+TINY = PinnedModel(embedding_model(weights=4096), "mlflow-artifacts:/model")
 
 
 @dataclass
@@ -198,6 +200,20 @@ def test_a_proxy_that_is_away_is_named(pod: Pod, mirrored: PinnedModel) -> None:
 
     assert_failed(run, pod, 5)
     assert f"the proxy 127.0.0.1:{port}: Connection refused" in run.last
+
+
+@pytest.mark.parametrize("host", ["2852039166", "0xa9fea9fe", "metadata.google.internal"])
+def test_no_server_sends_the_program_to_a_metadata_service_through_it(
+    host: str, pod: Pod, proxy: Proxy
+) -> None:
+    """The proxy's machine has one too, and the proxy resolves what this machine does not."""
+    moved = (302, {"Location": f"http://{host}/latest/meta-data/"}, b"")
+    with answering(lambda asked: moved) as server:
+        proxy.upstream = server.port
+        run = pod.run(TINY, f"http://{NAME}:5000", env={"HTTP_PROXY": proxy.url})
+    assert_failed(run, pod, 5)
+    assert "link-local or metadata address" in run.last
+    assert all(NAME in asked for asked in proxy.seen)
 
 
 def test_a_server_of_this_machine_is_asked_itself(
