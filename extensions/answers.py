@@ -192,9 +192,9 @@ NAMES = (*RULES, *YES_OR_NO, "advanced", "tei_edits")
 
 def _shown(value: object, rule: Rule) -> str:
     """A value as it may stand in an error: short, printable, and never a credential."""
-    if rule.secret:
-        return "what was given"
     text = str(value)
+    if rule.secret or re.search(r"\S@", text):  # user:password@host, in the wrong place
+        return "what was given"
     shown = "".join(c if c.isprintable() else "?" for c in text[:_SHOWN_CHARACTERS])
     return f"'{shown}{'…' if len(text) > _SHOWN_CHARACTERS else ''}'"
 

@@ -5,6 +5,9 @@ The text of every error here is shown as it is, so it never holds a credential a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from urllib.parse import unquote_plus
+
 LONGEST = 500
 """Characters of one line for a person."""
 
@@ -19,6 +22,11 @@ def one_line(text: object, longest: int = LONGEST) -> str:
         said = said[:some] + said[-some:]
     line = " ".join("".join(c if c.isprintable() else " " for c in said).split())
     return line if len(line) <= longest else f"{line[: longest - end - 3]} … {line[-end:]}"
+
+
+def repeats(text: str, secrets: Iterable[str | None]) -> bool:
+    """Whether a server's text holds one of these, as it was or as a form has it."""
+    return any(s and (s in text or s in unquote_plus(text)) for s in secrets)
 
 
 class TemplateError(Exception):

@@ -32,6 +32,7 @@ from .errors import (
     TemplateError,
     UnreachableError,
     UnsuitableModelError,
+    repeats,
 )
 from .reading import UnreadableError, count, items, mapping, text
 
@@ -792,12 +793,8 @@ def _keycloak_token(url: str, ca: str | None) -> str:
         return token
     if answer.status in (400, 401, 403):
         texts = [said.get("error"), said.get("error_description")]
-        secrets = [form[name] for name in ("client_secret", "password") if form.get(name)]
-        told = [
-            _word(text)
-            for text in texts
-            if isinstance(text, str) and not any(secret in text for secret in secrets)
-        ]
+        secrets = [form.get(name) for name in ("client_secret", "password")]
+        told = [_word(t) for t in texts if isinstance(t, str) and not repeats(t, secrets)]
         raise DeniedError(
             f"Keycloak at {shown} refuses the login ({': '.join(told) or answer.status}): "
             f"check the client, the secret, and the user of the {form['grant_type']} grant."

@@ -101,6 +101,24 @@ def test_data_that_no_yaml_reader_takes(text: str) -> None:
         Pin.from_mapping(answers.mapping(text))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("container_registry", "user:hunter2@registry.example.com"),
+        ("container_registry", "https://hunter2@registry.example.com/team"),
+        ("domain_name", "user:hunter2@example.com"),
+        ("model_id", "https://user:hunter2@huggingface.co/acme/x"),
+        ("git_url", "https://hunter2@git.example.com/x.git"),
+        ("proxy", "http://user:hunter2@proxy:3128"),
+        ("storage_class", "user:hunter2@x"),
+    ],
+)
+def test_a_login_in_the_wrong_place_is_not_repeated(name: str, value: str) -> None:
+    said = answers.problem(name, value)
+    assert said.startswith(f"{name}: what was given is not")
+    assert "hunter2" not in said
+
+
 def test_such_data_on_the_command_line(refused: Callable[..., str]) -> None:
     assert refused("pin=!!bool x") == "pin is not a mapping: resolve the pin again."
     assert refused("components=" + "[" * 1500).startswith("components: '[[[[[")
@@ -536,7 +554,8 @@ def test_keycloak_refuses(
     ("description", "told"),
     [
         ("Account disabled\x1b[31m", "invalid_grant: Account disabled?[31m"),
-        ("wrong: hunter2", "invalid_grant"),
+        ("wrong: hunter/2", "invalid_grant"),
+        ("in password=hunter%2f2&", "invalid_grant"),
         (["a"], "invalid_grant"),
     ],
 )
@@ -545,7 +564,7 @@ def test_keycloak_says_why_not(refused: Callable[..., str], description: object,
     login = {
         "MLFLOW_KEYCLOAK_CLIENT_ID": "render",
         "MLFLOW_AUTH_USERNAME": "me",
-        "MLFLOW_AUTH_PASSWORD": "hunter2",
+        "MLFLOW_AUTH_PASSWORD": "hunter/2",
     }
     with gateway(lambda _: (401, JSON, said)) as identity:
         asked = {"MLFLOW_TRACKING_URI": identity.uri, "MLFLOW_KEYCLOAK_TOKEN_URL": identity.uri}

@@ -215,7 +215,11 @@ def test_the_template_s_folders_are_enough_to_render_it() -> None:
 
 @pytest.mark.parametrize(
     ("accelerator", "tei_image", "said"),
-    [("h100", "official", " or of Hugging Face's image"), ("cpu", "official", ""), ("cpu", "build", "")],
+    [
+        ("h100", "official", " or of Hugging Face's image"),
+        ("cpu", "official", ""),
+        ("cpu", "build", ""),
+    ],
 )
 def test_images_whose_digest_is_unknown_are_told(
     render: Render, accelerator: str, tei_image: str, said: str

@@ -35,6 +35,12 @@ def git(folder: Path, *arguments: str) -> None:
     subprocess.run(["git", *arguments], cwd=folder, check=True, capture_output=True)
 
 
+def read(folder: Path, *arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], cwd=folder, check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
 def commit(folder: Path, answers: str) -> None:
     (folder / ".copier-answers.yml").write_text(answers)
     git(folder, "add", "--all")
@@ -110,6 +116,32 @@ def test_a_shallow_clone_knows_no_first_commit(
     assert problem(clone) == ""
     monkeypatch.setenv("TEMPLATE", "gh:acme/template")
     assert "names another template" in problem(clone)
+
+
+@pytest.mark.parametrize("spelt", ["{}", "v1.0.0-1-g{}", "refs/pull/7/head", "{}^0"])
+def test_a_pull_request_of_the_template_is_never_run(
+    repository: Path, tmp_path_factory: pytest.TempPathFactory, spelt: str
+) -> None:
+    """A server has the commits of all pull requests, and Copier mirrors what a server has."""
+    template = tmp_path_factory.mktemp("template")
+    git(template, "init", "--quiet")
+    commit(template, "a: 1\n")
+    git(template, "tag", "v1.0.0")
+    commit(template, "a: 2\n")
+    later = read(template, "describe", "--tags")
+    git(template, "checkout", "--quiet", "--detach")
+    commit(template, "a: evil\n")
+    evil = read(template, "rev-parse", "HEAD")
+    git(template, "update-ref", "refs/pull/7/head", "HEAD")
+    git(template, "checkout", "--quiet", "-")
+    answers = ANSWERS.replace("gh:acme/template", f"git+file://{template}")
+    for good in ("v1.0.0", later):
+        commit(repository, answers.replace("v1.0.0", good))
+        program(PROGRAM).Repository(repository).must_know_its_commit()
+    (repository / ".copier-answers.yml").write_text(answers.replace("v1.0.0", spelt.format(evil)))
+    update = program(PROGRAM)
+    with pytest.raises(update.Stop, match=r"no branch and no tag|not as Copier"):
+        update.Repository(repository).must_know_its_commit()
 
 
 def test_the_versions_that_run_are_those_that_are_tested() -> None:

@@ -5,7 +5,7 @@ Python 3.10 and Copier, which the variable COPIER names. Copier itself ends with
 conflicts.
 
 A template is a program, and .copier-answers.yml names it: so only the one that this repository came
-from is run, or the one that the variable TEMPLATE names.
+from is run, or the one that the variable TEMPLATE names; and of it, what its own branches and tags hold.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ COPIER = "uvx --with copier-template-extensions==0.3.4 --with mlflow-skinny==3.1
 
 LONGEST_MARKER = 8 << 20
 ANSWERS = ".copier-answers.yml"
+HOSTS = {"gh:": "https://github.com/", "gl:": "https://gitlab.com/"}
+"""What Copier's short addresses stand for."""
+
 FOLDERS = ("k8s/base", "deploy/base")
 UNREADABLE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """What comes of a pin or a flag that was edited by hand."""
@@ -101,13 +104,10 @@ class Repository:
 
     def must_know_its_template(self) -> None:
         """Refuse a template that is neither the first one of this repository nor TEMPLATE."""
-        try:
-            now = {named(self._text(ANSWERS, None)), named(self._text(ANSWERS, "HEAD"))}
-        except (OSError, ValueError):
-            raise Stop(f"{ANSWERS} is not as Copier wrote it: restore it with git") from None
+        now = {source for source, _ in self._named_now()}
         wanted = os.environ.get("TEMPLATE")
         if wanted:
-            known = {("_src_path", wanted)}
+            known = {wanted}
         else:
             if self.git("rev-parse", "--is-shallow-repository").strip() == "true":
                 raise Stop(
@@ -123,13 +123,41 @@ class Repository:
                 "--",
                 ANSWERS,
             )
-            known = {named(self._text(ANSWERS, c)) for c in self.git(*added).split()}
+            known = {named(self._text(ANSWERS, c))[0] for c in self.git(*added).split()}
         if now != known:
             raise Stop(
                 f"{ANSWERS} names another template than the one that this repository came from, "
                 "and a template is a program: if you mean it, name its address in the variable "
                 "TEMPLATE"
             )
+
+    def must_know_its_commit(self) -> None:
+        """Refuse a commit of the template that is on no branch and has no tag.
+
+        Copier takes all that the server has, and that of a pull request is anybody's.
+        """
+        for source, commit in self._named_now():
+            if not commit or Path(self.root, source).expanduser().exists():
+                continue
+            short, rest = source[:3], source[3:].lstrip("/")
+            url = HOSTS[short] + rest if short in HOSTS else source.removeprefix("git+")
+            with tempfile.TemporaryDirectory() as folder:
+                self.git("clone", "--quiet", "--bare", "--", url, folder)
+                try:
+                    words = ("--verify", "--quiet", f"{commit}^{{commit}}")
+                    Repository(Path(folder)).git("rev-parse", *words)
+                except Stop:
+                    raise Stop(
+                        f"{ANSWERS} names a commit that no branch and no tag of the template leads "
+                        "to: restore _commit with git"
+                    ) from None
+
+    def _named_now(self) -> set[tuple[str, str]]:
+        """Address and commit of the template, as the working tree and HEAD have them."""
+        try:
+            return {named(self._text(ANSWERS, commit)) for commit in (None, "HEAD")}
+        except (OSError, ValueError):
+            raise Stop(f"{ANSWERS} is not as Copier wrote it: restore it with git") from None
 
     def copier(self, *arguments: str) -> int:
         """Copier's exit code; what it prints goes where this program's goes."""
@@ -181,7 +209,7 @@ class Repository:
 
 
 def named(answers: str) -> tuple[str, str]:
-    """What the answers file says of its template, read so strictly that Copier reads the same.
+    """Address and commit of the template ('' for none), read so strictly that Copier reads the same.
 
     Raises: ValueError when a line could mean something else than it seems to.
     """
@@ -201,7 +229,7 @@ def named(answers: str) -> tuple[str, str]:
         raise ValueError(source)
     if commits and not re.fullmatch(r"'?[A-Za-z0-9][A-Za-z0-9._/+-]*'?", commits[0]):
         raise ValueError(commits[0])
-    return "_src_path", source
+    return source, (commits[0].strip("'") if commits else "")
 
 
 def described(before: State, after: State) -> Iterator[str]:
@@ -276,6 +304,7 @@ def update(repository: Repository, what: str, words: list[str]) -> None:
     """
     repository.must_be_clean()
     repository.must_know_its_template()
+    repository.must_know_its_commit()
     if what == "model":
         if not os.environ.get("MLFLOW_TRACKING_URI"):
             raise Stop("MLFLOW_TRACKING_URI is not set: name the MLflow server in it")
@@ -319,6 +348,7 @@ def update(repository: Repository, what: str, words: list[str]) -> None:
 def check(repository: Repository) -> None:
     """Say what is newer, of the template and of the model; changes nothing."""
     repository.must_know_its_template()
+    repository.must_know_its_commit()
     print("Template:")
     if repository.copier("check-update"):
         raise Stop("Copier failed, as it says above")

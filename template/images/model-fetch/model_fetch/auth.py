@@ -14,6 +14,7 @@ from urllib.parse import urlencode
 
 from .addresses import place
 from .console import one_line
+from .errors import repeats
 from .failures import ConfigurationError, DeniedError, TemplateError, UnreachableError
 from .settings import address
 from .transport import RETRYABLE, ConnectionFailed, Reply, Request, ask
@@ -152,16 +153,13 @@ class Keycloak(Credentials):
 
     def _said(self, answer: Mapping[str, object]) -> str:
         """The provider's own reason, as it may be shown: short, and without what it was sent."""
+        secrets = [self._form.get(name) for name in ("client_secret", "password")]
         said = []
         for name, most in (("error", 60), ("error_description", 80)):
             text = answer.get(name)
-            if isinstance(text, str) and not any(value in text for value in self._secrets()):
+            if isinstance(text, str) and not repeats(text, secrets):
                 said.append(one_line(text)[:most].strip())
         return ": ".join(filter(None, said))
-
-    def _secrets(self) -> list[str]:
-        secrets = (self._form.get(name, "") for name in ("client_secret", "password"))
-        return [secret for secret in secrets if secret]
 
 
 def from_environment(

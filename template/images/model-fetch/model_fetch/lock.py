@@ -191,8 +191,10 @@ def _acquire(
                     console.info(f"taking over from {name}, which is gone")
                 mine = claim(path, number + 1)
                 try:
-                    mine.folder.mkdir()
-                    return mine
+                    if mine.number < HIGHEST:
+                        mine.folder.mkdir()
+                        return mine
+                    claim(path, number).remove()  # nobody's
                 except FileExistsError:  # another one was faster
                     pass
             if flocked:

@@ -14,7 +14,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from . import limits, reading
-from .addresses import BadAddress, joined, leads_to_metadata, never_asked, origin, origin_text, place
+from .addresses import (
+    BadAddress,
+    joined,
+    leads_to_metadata,
+    never_asked,
+    origin,
+    origin_text,
+    place,
+)
 from .failures import ConfigurationError, DeniedError, UnreachableError
 from .proxies import Proxy
 from .trust import NO_TLS, Trust, refused_certificate

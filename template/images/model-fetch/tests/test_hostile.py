@@ -528,12 +528,22 @@ def test_a_refused_login_is_final_and_its_reason_told(pod: Pod) -> None:
     assert len(login.asked) == 1
 
 
-def test_a_reason_that_repeats_the_password_is_not_told(pod: Pod) -> None:
-    said = {"error": "no", "error_description": f"wrong: {LOGIN['MLFLOW_AUTH_PASSWORD']}"}
+@pytest.mark.parametrize(
+    ("password", "echo"),
+    [
+        ("pa55word", "wrong: pa55word"),
+        ("pa55/w@rd", "in grant_type=password&password=pa55%2Fw%40rd"),
+        ("pa55/w@rd", "in password=pa55%2fw%40rd&"),
+        ("pa55 word", "in password=pa55+word&"),
+    ],
+)
+def test_a_reason_that_repeats_the_password_is_not_told(pod: Pod, password: str, echo: str) -> None:
+    said = {"error": "no", "error_description": echo}
+    env = LOGIN | {"MLFLOW_AUTH_PASSWORD": password}
     with answering(lambda asked: (400, {}, said)) as login:
-        run = fetch(pod, honest(TINY), env={**LOGIN, "MLFLOW_KEYCLOAK_TOKEN_URL": login.url})
+        run = fetch(pod, honest(TINY), env={**env, "MLFLOW_KEYCLOAK_TOKEN_URL": login.url})
     assert_failed(run, pod, 4)
-    assert LOGIN["MLFLOW_AUTH_PASSWORD"] not in run.log
+    assert "pa55" not in run.log
 
 
 @pytest.mark.parametrize("status", [404, 405])

@@ -144,6 +144,7 @@ def test_a_planted_name_beside_the_version(
     assert_ready(run, pod, model)
     assert victim.read_bytes() == VICTIM
     assert os.listdir(victim.parent) == ["victim"]
+    assert not list(parent_of(pod).glob(".3.claim-*"))
     assert pod.version_folder().is_dir()
     assert not pod.version_folder().is_symlink()
 
