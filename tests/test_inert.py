@@ -60,16 +60,24 @@ def hostile_pin(kind: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("platform", "kind"), [("kubernetes", "html"), ("thinkube", "table"), ("kubernetes", "link")]
+    ("kind", "answers"),
+    [
+        ("html", {}),
+        ("table", {"platform": "thinkube"}),
+        ("link", {"ci": "github", "gitops": "argocd", "environments": "staging production"}),
+        ("heading", {"ci": "gitlab", "gitops": "flux", "tei_image": "official"}),
+    ],
 )
-def test_registry_text_is_inert_in_every_file(render: Render, kind: str, platform: str) -> None:
+def test_registry_text_is_inert_in_every_file(
+    render: Render, kind: str, answers: dict[str, str]
+) -> None:
     project = render(
         pin=hostile_pin(kind),
         model_id="BAAI/bge-base-en-v1.5",
         accelerator="gb10",
-        platform=platform,
         components=["monitoring", "network-policy", "api-key", "gateway", "ingress"],
         program=False,
+        **answers,
     )
 
     met = set()

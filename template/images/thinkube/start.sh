@@ -143,18 +143,16 @@ else
   tei=(text-embeddings-router)
 fi
 # TEI takes flags from variables too, some of which Kubernetes or the platform sets to something else.
-# They are taken away, not handed on by `env`: a process's arguments, here the API key, are for all to read.
-as_tei() { # command
-  local name
-  for name in $(compgen -e); do
-    case $name in
-    PATH | HOME | LANG | TZ | LOG_LEVEL | RUST_BACKTRACE | LD_LIBRARY_PATH | USE_FLASH_ATTENTION | API_KEY | NVIDIA_* | CUDA_*)
-      if [ -z "${!name}" ]; then unset "$name"; fi ;;
-    *) unset "$name" ;;
-    esac
-  done
-  exec "$@"
-}
+environment=()
+for name in $(compgen -e); do
+  case $name in
+  PATH | HOME | LANG | TZ | LOG_LEVEL | RUST_BACKTRACE | LD_LIBRARY_PATH | USE_FLASH_ATTENTION | API_KEY | NVIDIA_* | CUDA_*)
+    if [ -n "${!name}" ]; then continue; fi ;;
+  esac
+  environment+=("--unset=$name")
+done
+# They are taken away. What stays is never handed on, as in env -i "${environment[@]}": a process's arguments, here the
+# API key, are for all to read.
 # TEI says on standard error why it ends: the last line of it is kept for the reason.
 exec 3> >(while IFS= read -r line; do
   printf '%s\n' "$line" >&2
@@ -162,7 +160,7 @@ exec 3> >(while IFS= read -r line; do
 done)
 reader_pid=$!
 : >"$why"
-as_tei "${tei[@]}" --model-id="$link" --served-model-name="$wanted" \
+env "${environment[@]}" "${tei[@]}" --model-id="$link" --served-model-name="$wanted" \
   --hostname=127.0.0.1 --port=8355 "${FLAGS[@]}" 2>&3 3>&- &
 worker_pid=$!
 exec 3>&-
