@@ -276,13 +276,9 @@ def check_together(given: Mapping[str, Any], pin: Pin) -> None:
             "components: autoscaling-hpa and autoscaling-keda would fight over the replicas: "
             "choose one."
         )
-    if given.get("gitops", "none") != "none" and given["platform"] == "thinkube":
+    if given["gitops"] != "none" and given["platform"] == "thinkube":
         raise ConfigurationError(
             "gitops: Thinkube deploys with an Argo CD of its own: answer none."
-        )
-    if given.get("gitops", "none") != "none" and given.get("environments"):
-        raise ConfigurationError(
-            "gitops: it deploys one environment: answer none, and point it at overlays/ yourself."
         )
     if "external-secrets" in components and not (
         "api-key" in components or given["mlflow_auth"] != "none"
@@ -346,6 +342,9 @@ class Overlay:
     """One of several environments."""
 
     name: str
+    service: str
+    """What the service is called outside of its namespace."""
+
     namespace: str
     host: str
     follows: bool
@@ -359,12 +358,13 @@ def overlays(given: Mapping[str, Any]) -> list[Overlay]:
     return [
         Overlay(
             name,
-            given["namespace"] if last else f"{given['namespace']}-{name}",
-            f"{project}.{domain}" if last else f"{project}-{name}.{domain}",
+            service := f"{project}{suffix}",
+            f"{given['namespace']}{suffix}",
+            f"{service}.{domain}",
             follows=at == 0,
         )
         for at, name in enumerate(names)
-        for last in [at == len(names) - 1]
+        for suffix in ["" if at == len(names) - 1 else f"-{name}"]
     ]
 
 

@@ -17,7 +17,6 @@ from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
-from urllib.parse import urlsplit
 
 from copier.errors import UserMessageError
 from jinja2 import Environment, Template, pass_context
@@ -253,15 +252,11 @@ class TextEmbeddings(Extension):
             return any((folder / ".git").exists() for folder in (target, *target.parents))
 
         @pass_context
-        def needs_mlflow_client(context: Context) -> bool:
-            """Whether model-fetch asks MLflow by its client: which version, or for the files.
-
-            Thinkube's pods are told their model by the gateway; model_fetch/sources.py has the ways.
-            """
+        def left_out(context: Context) -> str:
+            """The files that these answers do not render: patterns, a line each."""
+            given = given_of(context) | {n: context[n] for n in ("objects_folder", "page_folder")}
             pin = _module("pin").Pin.from_mapping(context["pin"])
-            own = ("", "file", "http", "https", "mlflow-artifacts", "s3")
-            asks = pin.version is None or context["platform"] == "thinkube"
-            return asks or urlsplit(pin.artifact_uri or "").scheme not in own
+            return "\n".join(_module("layout").left_out(given, pin))
 
         def every_tei_edit() -> object:
             """The edits of TEI's sources that its image has unless they are turned off."""
@@ -306,12 +301,6 @@ class TextEmbeddings(Extension):
             found: list[Any] = answers.overlays(context)
             return found
 
-        @pass_context
-        def components_left_out(context: Context) -> list[str]:
-            """Names of those that are not."""
-            every = answers.kustomize_components(answers.COMPONENTS, context["replicas"])
-            return sorted(every - set(chosen_components(context)))
-
         functions = {
             "answers_are_valid": answers_are_valid,
             "answers_agree": answers_agree,
@@ -324,14 +313,13 @@ class TextEmbeddings(Extension):
             "accelerator_choices": lambda: json.dumps(accelerator.choices()),
             "accelerator_of": accelerator.for_name,
             "chosen_components": chosen_components,
-            "components_left_out": components_left_out,
             "overlays": overlays,
             "pinned": pinned,
             "deployed_pin": deployed_pin,
             "plan": plan,
             "thinkube": thinkube,
             "in_git": in_git,
-            "needs_mlflow_client": needs_mlflow_client,
+            "left_out": left_out,
             "every_tei_edit": every_tei_edit,
             "usual_platform": usual_platform,
             "usual_tracking_uri": usual_tracking_uri,

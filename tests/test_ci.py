@@ -183,23 +183,26 @@ def stand_ins(folder: Path, architecture: str) -> Path:
     return made
 
 
-def steps(folder: Path, ci: str, job: str) -> list[tuple[str, dict[str, str]]]:
-    """What a job runs, and the variables of each step, without what installs."""
+def every_step(folder: Path, ci: str, job: str) -> list[tuple[str, dict[str, str]]]:
+    """What a job runs, and the variables of each step."""
     if ci == "github":
         [found] = [
             yaml.safe_load(p.read_text())["jobs"] for p in workflows(folder) if p.stem == job
         ]
-        rows = [
+        return [
             (step["run"], {**found[job].get("env", {}), **step.get("env", {})})
             for step in found[job]["steps"]
             if "run" in step
         ]
-    else:
-        said = yaml.safe_load((folder / ".gitlab-ci.yml").read_text())
-        variables = {**said["variables"], **said[job].get("variables", {})}
-        rows = [(line, variables) for line in said[job]["script"]]
-    own = re.compile(r"apt-get|uv tool install|merge_request\.py|check-update|/\.docker")
-    return [row for row in rows if not own.search(row[0])]
+    said = yaml.safe_load((folder / ".gitlab-ci.yml").read_text())
+    variables = {**said["variables"], **said[job].get("variables", {})}
+    return [(line, variables) for line in said[job]["script"]]
+
+
+def steps(folder: Path, ci: str, job: str) -> list[tuple[str, dict[str, str]]]:
+    """Those that run here: without what installs, and what test_merge_request.py runs."""
+    own = re.compile(r"apt-get|uv tool install|merge_request\.py|check-update")
+    return [row for row in every_step(folder, ci, job) if not own.search(row[0])]
 
 
 def run(folder: Path, command: str, programs: Path, **variables: str) -> str:
@@ -262,7 +265,7 @@ def test_a_tag_builds_lists_and_signs_without_showing_a_secret(
     given = login | {"BUILDER": "docker" if ci == "github" else "buildah"}
     said = ""
     for command, _ in steps(folder, ci, "images"):
-        said += run(folder, command, programs, **given)
+        said += run(folder, command, programs, **given, HOME=str(tmp_path))
     told = (tmp_path / "log").read_text()
     digest = "sha256:" + "d" * 64
     for image in ("tei", "model-fetch", "smoke"):

@@ -130,16 +130,18 @@ def served(project: Path, environment: str) -> str:
 
 def test_a_target_asks_which_environment_is_meant(render: Render) -> None:
     project = rendered(render, "staging production")
-    for words in (("deploy",), ("namespace", "ENV=prod"), ("smoke-job",), ("doctor", "ENV=no")):
-        done = make(project, "--dry-run", *words)
-        if words[0] != "doctor":
-            assert done.returncode != 0, words
+    targets = ["deploy", "namespace", "prefetch", "smoke-job", "parity-job", "doctor", "logs"]
+    for target in targets:
+        for words in ((), ("ENV=prod",), ("ENV=",), ("ENV=staging production",)):
+            done = make(project, "--dry-run", target, *words)
+            assert done.returncode != 0, (target, words)
             assert "Say which environment: ENV=staging or ENV=production" in done.stderr
+        assert make(project, "--dry-run", target, "ENV=staging").returncode == 0, target
     done = make(project, "--dry-run", "deploy", "ENV=staging")
     assert "kubectl apply -k overlays/staging" in done.stdout
     assert "--namespace text-embeddings-staging rollout status" in done.stdout
     done = make(project, "--dry-run", "smoke-job", "ENV=staging")
-    assert "s/^  namespace: text-embeddings$/  namespace: text-embeddings-staging/" in done.stdout
+    assert "kubectl --namespace text-embeddings-staging apply -k smoke" in done.stdout
     assert "sh smoke/job.sh text-embeddings-staging" in done.stdout
 
 
@@ -177,7 +179,8 @@ def test_a_version_moves_on_by_one_line(project: Project, tmp_path: Path) -> Non
 def test_another_model_is_told_and_not_deployed_with_the_flags_of_its_successor(
     render: Render, tmp_path: Path
 ) -> None:
-    project = rendered(render, "dev staging production")
+    project = rendered(render, "dev staging production", ci="gitlab")
+    assert make(project, "check-environments").returncode == 0
     other = pinned("BAAI/bge-large-en-v1.5") | {"version": "9"}
     (project / "k8s/base/pin.json").write_text(json.dumps(other))
 
@@ -191,6 +194,9 @@ def test_another_model_is_told_and_not_deployed_with_the_flags_of_its_successor(
     done = subprocess.run(check, cwd=project, text=True, capture_output=True)
     assert done.returncode == 1
     assert "production serves version 3, but TEI's flags are for another model" in done.stderr
+    # What deploys out of Git asks nobody: CI is red before the merge.
+    assert "staging serves version 3, but" in make(project, "check-environments").stderr
+    assert re.search("^check: .*check-environments", (project / "ci/ci.mk").read_text(), re.M)
 
     for target, source in (("staging", "dev"), ("production", "staging")):
         done = make(project, "promote", f"TO={target}")
@@ -199,6 +205,7 @@ def test_another_model_is_told_and_not_deployed_with_the_flags_of_its_successor(
         assert "RE-INDEX: dimensions 768 becomes 1024" in done.stdout
     done = subprocess.run(check, cwd=project, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
+    assert make(project, "check-environments").returncode == 0
 
 
 @pytest.mark.parametrize("target", ["", "staging", "prod", "../k8s"])
@@ -207,6 +214,6 @@ def test_only_a_later_environment_can_be_promoted_to(target: str, render: Render
     before = tree(project)
     done = make(project, "promote", f"TO={target}")
     assert done.returncode != 0
-    assert "it is one of production" in done.stderr
+    assert "Say which environment it moves to: TO=production\n" in done.stderr
     assert "Traceback" not in done.stderr
     assert tree(project) == before

@@ -53,8 +53,9 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def repository(render: Render, pin_of: PinOf) -> Callable[..., Path]:
-    def made(shape: str, gitops: str, namespace: str = "e5") -> Path:
+    def made(shape: str, gitops: str, namespace: str = "e5", environments: str = "") -> Path:
         own = {"gitops": gitops, "namespace": namespace, "project_name": "e5"}
+        own |= {"environments": environments}
         return render(program=False, model_id=MODEL, pin=pin_of(MODEL), **SHAPES[shape] | own)
 
     return made
@@ -133,6 +134,45 @@ def test_flux_needs_the_namespace_alone(
         assert cluster.kubectl("auth", "can-i", *words, account).stdout == "no\n", words
 
 
+@pytest.mark.parametrize("environments", ["staging production", "dev test live"])
+@pytest.mark.parametrize("gitops", ["argocd", "flux"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_each_environment_is_deployed_into_its_own_namespace(
+    shape: str, gitops: str, environments: str, cluster: Cluster, repository: Callable[..., Path]
+) -> None:
+    here = f"{gitops}-{shape}-{len(environments)}"
+    folder = repository(shape, gitops, here, environments)
+    names = environments.split()
+    assert sorted(p.name for p in (folder / "gitops").iterdir()) == sorted(names)
+    called = set()
+    for name in names:
+        own = here if name == names[-1] else f"{here}-{name}"
+        cluster.done("create", "namespace", own)
+        file = folder / f"gitops/{name}/{gitops}.yaml"
+        assert f"kubectl apply -f gitops/{name}/{gitops}.yaml" in file.read_text()
+        cluster.done("apply", "--validate=strict", "-f", file)
+        made = objects(file.read_text())
+        if gitops == "argocd":
+            assert made[0]["spec"]["destination"]["namespace"] == own
+            called.add(made[0]["metadata"]["name"])
+            built = objects(cluster.done("kustomize", folder / made[0]["spec"]["source"]["path"]))
+        else:
+            assert {item["metadata"]["namespace"] for item in made} == {own}
+            called.add(own)
+            service, smoke = [item["spec"] for item in made if item["kind"] == "Kustomization"]
+            assert smoke["targetNamespace"] == own
+            built = objects(cluster.done("kustomize", folder / service["path"]))
+            # kubectl's --namespace does what Flux's targetNamespace does: these name none themselves.
+            job = objects(cluster.done("kustomize", folder / smoke["path"]))
+            assert not any("namespace" in item["metadata"] for item in job)
+            cluster.done("apply", "--namespace", own, "-k", folder / smoke["path"])
+        assert {item["metadata"]["namespace"] for item in built} == {own}
+        deployed = objects(cluster.done("kustomize", folder / "overlays" / name))
+        assert [i for i in deployed if i not in built] == []
+        assert {i["kind"] for i in built if i not in deployed} <= {"Job", "ConfigMap"}
+    assert len(called) == len(names)
+
+
 def test_every_secret_is_brought(cluster: Cluster, repository: Callable[..., Path]) -> None:
     """Whatever a pod must have is the target of an ExternalSecret, with the key that is read."""
     built = objects(cluster.done("kustomize", repository("all", "none") / "k8s"))
@@ -168,7 +208,6 @@ def test_an_unknown_field_would_be_refused(
     ("answers", "said"),
     [
         (["gitops=argocd", "platform=thinkube"], "Thinkube deploys with an Argo CD of its own"),
-        (["gitops=flux", "environments=staging production"], "it deploys one environment"),
         (["gitops=helm"], "gitops: 'helm' is not one of none, argocd, flux."),
         (["gitops=flux", "git_url=https://me:secret@git.example.com/x.git"], "without a login"),
         (["gitops=flux", "git_url=git@github.com:acme/x.git"], "git_url: what was given"),

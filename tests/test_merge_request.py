@@ -27,6 +27,7 @@ from demo.registry import connect, serve
 from tests.conftest import program
 from tests.snapshots import register, snapshot
 from tests.tei_stub.server import serve_with
+from tests.test_ci import every_step
 from tests.test_update_matrix import (  # noqa: F401 (a fixture)
     Repository,
     empty,
@@ -351,6 +352,50 @@ def test_teis_newest_commit_is_an_answer(followed: Followed, tmp_path: Path) -> 
     for name in (".copier-answers.yml", "images/tei/Dockerfile"):
         assert newest in followed.git("show", f"update-tei:{name}")
     assert f"{newest[:12]}-cpu" in followed.git("show", "update-tei:images/images.json")
+
+
+@pytest.mark.parametrize("kind", ["GitHub", "GitLab"])
+def test_the_jobs_steps_run_as_they_are_written(
+    kind: str, followed: Followed, tmp_path: Path
+) -> None:
+    """Those of test_ci, which runs all others, that speak with the forge, the registry or TEI's Git."""
+    project = followed.project
+    if kind == "GitLab":
+        project.updated(arguments="--vcs-ref=:current: --data ci=gitlab")
+        project.commit("GitLab")
+        project.git("push", "--quiet", str(followed.remote), "main")
+    project.git("init", "--quiet", "--bare", str(tmp_path / "tei"))
+    project.git("push", "--quiet", str(tmp_path / "tei"), "main")
+    lines = [
+        (job, line, variables)
+        for job in ("model", "images")
+        for line, variables in every_step(project.folder, kind.lower(), job)
+        if re.search(r"merge_request\.py|check-update", line)
+    ]
+    assert len(lines) == 4
+    followed.moved(2)
+    said = {}
+    for dry in ("1", "") if kind == "GitHub" else ("",):
+        with forge(kind) as at:
+            for job, line, variables in lines:
+                own = {"FOLLOW_TEI": "1", "TEI_GIT_URL": str(tmp_path / "tei"), "CHECKS": ""}
+                own |= {"DRY_RUN": dry} if "DRY_RUN" in variables else {}
+                (project.folder / "k8s/images/kustomization.yaml").write_text("# as pushed\n")
+                if job == "model":
+                    project.git("checkout", "--", "k8s/images")
+                command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", line]
+                environment = followed.variables(at, **own)
+                done = subprocess.run(
+                    command, cwd=project.folder, env=environment, capture_output=True, text=True
+                )
+                assert done.returncode == 0, done.stdout + done.stderr
+                assert TOKEN not in done.stdout + done.stderr
+                said[line] = done.stdout
+            source = "head" if kind == "GitHub" else "source_branch"
+            proposed = ["update-images"] if dry else ["update-model", "update-tei", "update-images"]
+            assert [row[source] for row in at.open] == proposed
+        project.git("checkout", "--", "k8s/images")
+    assert "Model: `make update-model` would change" in said["make check-update"]
 
 
 def test_digests_that_were_pushed_are_proposed(followed: Followed) -> None:

@@ -273,6 +273,8 @@ def test_two_releases_at_once_are_as_one_after_the_other(empty: Repository) -> N
 
 FIRST = "351dd91b074cfdc99f78c6139c1fb5d5b5de2901"
 """Stands for a release until there is one: main before repositories had CI and environments."""
+FIRST_GITOPS = "b1622a97b882f33f49811ca8bf3764d8d45d0d1a"
+"""Main when GitOps was of one environment alone."""
 
 
 def known(revision: str) -> bool:
@@ -286,11 +288,25 @@ def released() -> list[str]:
     return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True).stdout.split()
 
 
-@pytest.mark.parametrize("revision", [FIRST, *released()])
+@pytest.mark.parametrize(
+    ("revision", "then", "more"),
+    [
+        *((revision, (), ()) for revision in (FIRST, *released())),
+        (FIRST_GITOPS, ("gitops=flux",), ("environments=staging production", "ci=gitlab")),
+    ],
+)
 def test_every_released_version_updates_to_this_one(
-    revision: str, empty: Repository, template: Path, tmp_path: Path
+    revision: str,
+    then: tuple[str, ...],
+    more: tuple[str, ...],
+    empty: Repository,
+    template: Path,
+    tmp_path: Path,
 ) -> None:
-    """What comes out is what this version renders from the same answers, and a person's own edit."""
+    """What comes out is what this version renders from the same answers, and a person's own edit.
+
+    then: answers of the old one beside the usual. more: those that the update changes.
+    """
     if not known(revision):
         pytest.skip(f"this clone does not have {revision[:12]}: git fetch --unshallow --tags")
     clone, folder, fresh = tmp_path / "clone", tmp_path / "old", tmp_path / "fresh"
@@ -302,7 +318,7 @@ def test_every_released_version_updates_to_this_one(
         *(f"model_id={MODEL}", f"pin={json.dumps(pinned(MODEL))}", "accelerator=l4"),
         "components=[monitoring, network-policy, api-key]",
     )
-    project.copy(*answers)
+    project.copy(*answers, *then)
     before = project.pin
     mine = "# mine\n" + (folder / "smoke/job.sh").read_text()
     (folder / "smoke/job.sh").write_text(mine)
@@ -314,11 +330,11 @@ def test_every_released_version_updates_to_this_one(
     for name in ("copier.yml", "manifest.yaml"):
         shutil.copy(template / name, clone)
     project.release("v999.0.0")
-    project.updated()
+    project.updated(arguments=" ".join(f"--data '{answer}'" for answer in more))
 
     assert project.pin == before
     fresh.mkdir()
-    Repository(fresh, clone, empty.home).copy(*answers)
+    Repository(fresh, clone, empty.home).copy(*answers, *then, *more)
     expected, found = Repository(fresh, clone, empty.home).tree(), project.tree()
     assert found.pop("smoke/job.sh") == mine
     assert f"# mine\n{expected.pop('smoke/job.sh')}" == mine

@@ -95,7 +95,7 @@ def main(arguments: list[str]) -> None:
         stop("usage: make promote TO=ENVIRONMENT")
     objects, *environments, target = arguments
     if target not in environments[1:]:
-        stop(f"TO={target}: it is one of {', '.join(environments[1:])}")
+        stop(f"Say which environment it moves to: TO={' or TO='.join(environments[1:])}")
     promote(objects, environments[environments.index(target) - 1], target)
 
 
