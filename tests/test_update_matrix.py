@@ -271,6 +271,41 @@ def test_two_releases_at_once_are_as_one_after_the_other(empty: Repository) -> N
     assert steps == at_once
 
 
+@pytest.mark.parametrize(
+    ("then", "edited", "more"),
+    [
+        (("gitops=argocd",), "gitops/argocd.yaml", "--data 'environments=staging production'"),
+        (("gitops=flux",), "gitops/flux.yaml", "--data gitops=argocd"),
+        (("components=[monitoring]",), "monitoring/README.md", "--data components=[]"),
+        ((), "scripts/prefetch.py", "--data model_storage=ephemeral"),
+        ((), "smoke/Dockerfile", ""),  # the release has none
+    ],
+)
+def test_an_edited_file_does_not_go_without_a_word(
+    then: tuple[str, ...], edited: str, more: str, empty: Repository
+) -> None:
+    answers = (f"model_id={MODEL}", f"pin={json.dumps(pinned(MODEL))}", "accelerator=l4")
+    empty.copy(*answers, *then)
+    empty.release("v1.1.0", new_release)
+    untouched = empty.make("update", more)
+    assert untouched.returncode == 0, untouched.stdout + untouched.stderr
+    assert edited not in empty.tree()
+    empty.git("reset", "--quiet", "--hard")
+    empty.git("clean", "--quiet", "--force", "-d")
+
+    with (empty.folder / edited).open("a") as file:
+        file.write("# mine\n")
+    empty.commit("mine")
+    done = empty.make("update", more)
+    assert done.returncode != 0
+    assert f"the template no longer has {edited}, which you had changed" in done.stderr
+    assert "Traceback" not in done.stderr
+    empty.git("checkout", "HEAD", "--", edited)
+    empty.commit("updated, with my file")
+    assert empty.updated() == empty.updated()  # said once
+    assert empty.tree()[edited].endswith("# mine\n")
+
+
 FIRST = "351dd91b074cfdc99f78c6139c1fb5d5b5de2901"
 """Stands for a release until there is one: main before repositories had CI and environments."""
 FIRST_GITOPS = "b1622a97b882f33f49811ca8bf3764d8d45d0d1a"

@@ -184,6 +184,19 @@ class Repository:
         marked = self.git("diff", "--name-only", "--diff-filter=U").splitlines()
         return sorted({*marked, *(str(p.relative_to(self.root)) for p in self.root.rglob("*.rej"))})
 
+    def lost(self) -> list[str]:
+        """Files that are gone though a commit other than an update had changed them.
+
+        Copier removes what the template no longer has, without a word where it was edited.
+        """
+        gone = self.git("diff", "--name-only", "--diff-filter=D", "-z", "HEAD").split("\0")[:-1]
+        updates = set(self.git("log", "--format=%H", "--", ANSWERS).split())
+        return [
+            name
+            for name in gone
+            if set(self.git("log", "--format=%H", "--", f":(literal){name}").split()) - updates
+        ]
+
     def state(self, commit: str | None = None) -> State | None:
         """What a commit, or the working tree, serves; None when that cannot be read."""
         for folder in FOLDERS:
@@ -329,6 +342,12 @@ def update(repository: Repository, what: str, words: list[str]) -> None:
         raise Stop(
             f"conflicts are left in {', '.join(conflicts)}: mend them and `git add` them, or return "
             "to what was with `git reset --hard`"
+        )
+    if lost := repository.lost():
+        raise Stop(
+            f"the template no longer has {', '.join(map(plain, lost))}, which you had changed: `git diff "
+            "HEAD` shows what goes. Commit, or bring a file back with `git checkout HEAD -- FILE`, or "
+            "return to what was with `git reset --hard`"
         )
     if after and after.pin["version"] and what != "template" and after.undigested:
         print(
