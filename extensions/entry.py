@@ -333,6 +333,7 @@ class TextEmbeddings(Extension):
             yaml_text=texts.yaml_text,
             yaml_name=texts.yaml_name,
             argument_text=texts.argument_text,
+            unit_text=texts.unit_text,
             markdown_code=texts.markdown_code,
             markdown_text=texts.markdown_text,
             shell_text=texts.shell_text,

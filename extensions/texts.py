@@ -52,6 +52,11 @@ def argument_text(text: object) -> str:
     return yaml_text(str(text).replace("$", "$$"))
 
 
+def unit_text(text: object) -> str:
+    """A word of a line in a unit of systemd, which fills in what follows a `%` or a `$`."""
+    return yaml_text(str(text).replace("%", "%%").replace("$", "$$"))
+
+
 def without_credentials(url: object) -> str:
     """A template's URL without login and query: Copier stores it as it was typed.
 

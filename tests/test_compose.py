@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -329,6 +330,11 @@ def test_what_is_missing_ends_it_in_one_line(
         ("BIND='192.168.1.20'", [], True),
         ("BIND=::", [], True),
         ("OPEN_TO_EVERYONE=no\nBIND=0.0.0.0", [], True),
+        ("BIND=0.0.0.0 # the network", [], True),
+        ('export BIND="0.0.0.0"\r', [], True),
+        ("BIND=127.0.0.1 # not 0.0.0.0", [], False),
+        ("BIND='127.0.0.1' # 'quoted'", [], False),
+        ("BIND=127.0.0.1\r", [], False),
         ("BIND=127.0.0.5", [], False),
         ("PORT=9000", [], False),
         ("BIND=0.0.0.0\nOPEN_TO_EVERYONE=yes", [], False),
@@ -356,6 +362,45 @@ def test_the_network_gets_in_with_a_key_or_by_one_s_word(
     # What is not refused ends where there is no engine.
     assert ("lets whoever reaches this machine" in done.stderr) == refused
     assert ("no Docker Compose here" in done.stderr) == (not refused)
+
+
+def test_what_was_pushed_is_pulled_by_its_digest(
+    render: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Of this very content: what was changed since is built."""
+    project = render(accelerator="cpu")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "docker").write_text(
+        f'#!/bin/sh\necho "$*" >>{tmp_path}/asked\n'
+        'case "$1 $2" in "compose config" | "compose version" | info* | pull* | tag*) exit 0 ;; esac\n'
+        "exit 1\n"
+    )
+    (tools / "docker").chmod(0o755)
+    images = ["python3", "-B", "scripts/images.py"]
+    named = subprocess.run([*images, "tag", "model-fetch"], cwd=project, capture_output=True)
+    name, _, tag = named.stdout.decode().strip().rpartition(":")
+    digest = f"sha256:{'1' * 64}"
+    record = project / json.loads((project / "images/images.json").read_text())["component"]
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(f"images:\n  - name: {name}\n    newTag: {tag}\n    digest: {digest}\n")
+
+    def asked() -> str:
+        (tmp_path / "asked").write_text("")
+        done = subprocess.run(
+            ["bash", project / "scripts/one_machine.sh", "fetch"],
+            env={"PATH": f"{tools}:{os.environ['PATH']}", "PORT": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 1
+        assert "COMPOSE_MLFLOW_URI" in done.stderr or "could not be built" in done.stderr
+        return (tmp_path / "asked").read_text()
+
+    assert f"pull {name}@{digest}\n" in asked()
+    program = project / "images/model-fetch/model_fetch/__init__.py"
+    program.write_text(program.read_text() + "# changed\n")
+    assert "pull" not in asked()
 
 
 def test_credentials_come_from_the_shell_that_calls(rendered: Path) -> None:

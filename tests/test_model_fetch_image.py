@@ -69,10 +69,14 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheels(engine: Engine) -> Path:
+    return wheels_in(engine.store)
+
+
+def wheels_in(store: Path) -> Path:
     """The pinned dependencies, as files for the stand-in's Python."""
     requirements = sorted(SOURCES.glob("requirements*.txt"))
     name = hashlib.sha256(b"".join(r.read_bytes() for r in requirements)).hexdigest()[:12]
-    folder = engine.store / f"wheels-{name}"
+    folder = store / f"wheels-{name}"
     if not folder.exists():
         part = folder.with_name(folder.name + ".part")
         shutil.rmtree(part, ignore_errors=True)

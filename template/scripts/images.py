@@ -390,7 +390,13 @@ def tag(image: Image) -> None:
     print(image.reference)
 
 
-COMMANDS = {c.__name__: c for c in (build, push, sbom, sign, check, digest, tag)}
+def source(image: Image) -> None:
+    """Say by which digest a registry has this very content; nothing where none has it."""
+    if is_pushed(image):
+        print(f"{image.name}@{pushed()[image.name].digest}")
+
+
+COMMANDS = {c.__name__: c for c in (build, push, sbom, sign, check, digest, tag, source)}
 
 
 def main() -> int:

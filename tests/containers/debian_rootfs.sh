@@ -1,13 +1,13 @@
 #!/bin/sh
 # Makes the root file system of a small Debian, as a tar file that `docker import` and `buildah add` take.
 #
-#   debian_rootfs.sh FOLDER PACKAGE[,PACKAGE]...    prints the path of the tar file
+#   debian_rootfs.sh FOLDER PACKAGE[,PACKAGE]... [RELEASE]    prints the path of the tar file
 #
 # A tar file with the same packages that FOLDER already holds is kept.
 set -eu
 
 folder=$1 packages=$2
-release=bookworm
+release=${3:-bookworm}
 tar="$folder/$release-$(printf '%s' "$packages" | sha256sum | cut -c 1-12).tar"
 
 if [ ! -e "$tar" ]; then

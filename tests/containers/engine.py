@@ -79,12 +79,12 @@ class Engine:
         return image
 
 
-def debian_rootfs(packages: str) -> Path:
-    """A tar file of Debian bookworm's root file system with these packages, made once.
+def debian_rootfs(packages: str, release: str = "bookworm") -> Path:
+    """A tar file of a Debian's root file system with these packages, made once.
 
     The mirror is Debian's own; 25 to 60 s on two cores.
     """
-    script = [HERE / "debian_rootfs.sh", CACHE, packages]
+    script = [HERE / "debian_rootfs.sh", CACHE, packages, release]
     with _locked(CACHE / "debian.lock"):
         done = subprocess.run(script, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
