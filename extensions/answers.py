@@ -276,7 +276,7 @@ def check_together(given: Mapping[str, Any], pin: Pin) -> None:
             "components: autoscaling-hpa and autoscaling-keda would fight over the replicas: "
             "choose one."
         )
-    if given["gitops"] != "none" and given["platform"] == "thinkube":
+    if given.get("gitops", "none") != "none" and given["platform"] == "thinkube":
         raise ConfigurationError(
             "gitops: Thinkube deploys with an Argo CD of its own: answer none."
         )
@@ -324,7 +324,7 @@ def check_together(given: Mapping[str, Any], pin: Pin) -> None:
 
 
 def _environments_problem(given: Mapping[str, Any], pin: Pin) -> str:
-    names = given["environments"].split()
+    names = given.get("environments", "").split()
     if len(set(names)) != len(names):
         return f"{given['environments']} names one twice: name each once"
     if names and given["platform"] == "thinkube":
@@ -353,7 +353,7 @@ class Overlay:
 
 def overlays(given: Mapping[str, Any]) -> list[Overlay]:
     """The environments in their order; none where there is one. The last has the plain names."""
-    names = dict.fromkeys(given["environments"].split())
+    names = dict.fromkeys(given.get("environments", "").split())
     project, domain = given["project_name"], given["domain_name"]
     return [
         Overlay(

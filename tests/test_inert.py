@@ -64,8 +64,11 @@ def hostile_pin(kind: str) -> dict[str, Any]:
     [
         ("html", {}),
         ("table", {"platform": "thinkube"}),
-        ("link", {"ci": "github", "gitops": "argocd", "tei_image": "official"}),
-        ("heading", {"ci": "gitlab", "environments": "staging production"}),
+        ("link", {"ci": "github", "gitops": "argocd", "environments": "staging production"}),
+        (
+            "heading",
+            {"ci": "gitlab", "gitops": "flux", "environments": "a b c", "tei_image": "official"},
+        ),
     ],
 )
 def test_registry_text_is_inert_in_every_file(
