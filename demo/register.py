@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from demo.registry import register_snapshot  # noqa: E402
+from extensions import pin  # noqa: E402
 from extensions.embedding_model import Entry, inspect  # noqa: E402
 from extensions.errors import TemplateError  # noqa: E402
 
@@ -78,6 +79,7 @@ def main() -> int:
         try:
             folder = given.folder or downloaded(given.model, given.revision, Path(temporary))
             model = inspect(LocalFolder(folder), given.model)
+            remarks, _ = pin._judged(model, given.model)  # what rendering would say of it
             if given.parity and (code := referenced(folder, given)):
                 return code
             staged = stage(folder, Path(temporary) / "staged")
@@ -93,6 +95,8 @@ def main() -> int:
     print(f"registered {given.model.replace('/', '-')} version {version}:")
     print(f"  {facts.architecture}, {facts.dimensions} dimensions, {facts.pooling} pooling")
     print(f"  {len(model.files)} files that TEI reads, each with its digest")
+    for remark in remarks:
+        print(f"  {remark}")
     return 0
 
 

@@ -15,6 +15,8 @@ a row of its own). Its fields:
     position_offset  positions that no token takes: a number, or pad_token_id for that one plus 1
     positions     keys with the number of positions, first that is there
     trained_positions  positions beyond which `when`, a key, changes the vectors of a whole batch
+    within        key with the tokens within which the attention's window cuts nothing off; beyond, TEI's
+                  window is another than transformers'
     table         TEI builds a table of heads x positions x positions without flash attention
     rope, scalings   where the rotary base stands; scalings of positions that TEI computes
     modules       modules of sentence-transformers that TEI has built in
@@ -101,6 +103,7 @@ class Architecture:
     position_offset: int | str = 0
     positions: tuple[str, ...] = _POSITIONS
     trained_positions: Mapping[str, Any] | None = None
+    within: str | None = None
     table: bool = False
     rope: str | None = None
     scalings: tuple[str, ...] = ()
@@ -203,6 +206,9 @@ def positions(config: Mapping[str, Any]) -> int | None:
     if trained and config.get(trained["when"]) is not None:
         found = (count(config.get(key)) for key in trained["keys"])
         number = min(number, next((n for n in found if n is not None), trained["default"]))
+    if architecture and (key := architecture.within):
+        window = count(config.get(key, architecture.keys[key].get("absent")))
+        number = number if window is None else min(number, window)
     return max(0, number - offset(architecture, config))
 
 
@@ -228,11 +234,18 @@ def _length(value: object) -> int | None:
 
 
 def tokenizer_config(files: Mapping[str, Any]) -> Mapping[str, Any]:
-    """tokenizer_config.json, and over it what the Sentence Transformers config loads it with."""
+    """tokenizer_config.json, and over it what else transformers and sentence-transformers load it with.
+
+    The two other files count where transformers before 4.34 saved the tokenizer: without
+    added_tokens_decoder (transformers 5.23, tokenization_utils_base.py:1890-1930).
+    """
     path = sentence_config(files)
     said = _object(files, path) if path else {}
     given = (said.get(key) for key in ("tokenizer_args", "tokenizer_kwargs", "processor_kwargs"))
     merged = dict(_object(files, "tokenizer_config.json"))
+    if "added_tokens_decoder" not in merged:
+        merged |= _object(files, "special_tokens_map.json")
+        merged |= {"added_tokens": list(_object(files, "added_tokens.json"))}
     for arguments in given:
         merged |= arguments if isinstance(arguments, dict) else {}
     return merged
@@ -392,6 +405,10 @@ def _rope(architecture: Architecture, config: Mapping[str, Any], result: Judgeme
     parameters = config.get("rope_parameters")
     if isinstance(parameters, dict):
         inner = [group for group in parameters.values() if isinstance(group, dict)]
+        if inner and architecture.rope != "nested":
+            result.refused.append(
+                "config.json says rope_parameters by the kind of layer, and TEI turns all layers alike."
+            )
         for group in inner or [parameters]:
             kind = group.get("rope_type", group.get("type", "default"))
             if kind != "default" or "factor" in group:
@@ -411,7 +428,11 @@ def _rope(architecture: Architecture, config: Mapping[str, Any], result: Judgeme
                     "all."
                 )
                 break
-        if inner or not isinstance(parameters.get("rope_type"), str):
+        fits = (
+            isinstance(parameters.get("rope_type"), str)
+            and parameters.get("rope_theta") is not None
+        )
+        if inner or not fits:
             result.dropped.add("rope_parameters")
     elif parameters is not None:
         result.dropped.add("rope_parameters")
@@ -430,13 +451,36 @@ def _rope(architecture: Architecture, config: Mapping[str, Any], result: Judgeme
     if not isinstance(scaling, dict) or not scaling:
         return
     kind = scaling.get("rope_type", scaling.get("type"))
-    if kind == "default":
+    more = set(scaling) - {"rope_type", "type"}
+    if kind == "default" and more:
+        result.refused.append(
+            f"config.json says {min(more)} in rope_scaling, where TEI ignores it without a word: write it "
+            "beside rope_scaling, as the model's original config.json has it."
+        )
+    elif kind == "default":
         result.dropped.add("rope_scaling")
-    elif kind not in architecture.scalings:
+    elif kind in architecture.scalings:
+        _scaling(kind, scaling, result)
+    else:
         result.refused.append(
             f"The model scales its rotary positions ({kind}), which TEI does not do for "
             f"{architecture.name}."
         )
+
+
+def _scaling(kind: str, said: Mapping[str, Any], result: Judgement) -> None:
+    """One that TEI computes, as it reads it: a kind under one name, and a factor (layers/rotary.rs)."""
+    more = [
+        key for key in said if key not in ("rope_type", "type", "factor") and said[key] is not None
+    ]
+    if more:
+        result.refused.append(
+            f"The model scales its rotary positions ({kind}) with {more[0]}, which TEI does not know."
+        )
+    elif not _fits(said.get("factor"), "number"):
+        result.refused.append(f"config.json scales its rotary positions ({kind}) by no number.")
+    elif len(said) > 2:
+        result.written["rope_scaling"] = {"type": kind, "factor": said["factor"]}
 
 
 def remote_code(config: Mapping[str, Any]) -> str | None:

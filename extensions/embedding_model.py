@@ -18,12 +18,15 @@ from .contract import SENTENCE_CONFIGS
 from .errors import UnsuitableModelError
 from .reading import UnreadableError
 
+_TOKENIZER_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+"""What transformers makes a tokenizer of, beside tokenizer.json; TEI reads none of them."""
+
 _CONFIGS = (
     "config.json",
     "1_Pooling/config.json",
     "modules.json",
     "config_sentence_transformers.json",
-    "tokenizer_config.json",
+    *_TOKENIZER_CONFIGS,
     *SENTENCE_CONFIGS,
 )
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -276,6 +279,11 @@ def _model_root(folder: Folder, name: str) -> str:
                 any(_is_weight(n) for n in names) or {"tokenizer.json", "modules.json"} & names
             ):
                 return path
+            if "modules.json" in names:
+                raise UnsuitableModelError(
+                    f"{name} has no config.json beside its modules.json, where TEI looks for its layers: "
+                    "save the model again with a current sentence-transformers."
+                )
             children += [e.path for e in entries if e.size is None]
         queue = [c for c in children if not re.search(r"(^|/)(\.|onnx|openvino|\d_)", c)][:20]
         if depth == 0 and not queue:
@@ -302,7 +310,7 @@ def _files(folder: Folder, root: str, name: str) -> dict[str, Entry]:
         parent = root.rpartition("/")[0]
         for entry in folder.entries(_join(parent, "components/tokenizer")):
             file_name = entry.path.rsplit("/", 1)[-1]
-            if file_name in ("tokenizer.json", "tokenizer_config.json"):
+            if file_name in ("tokenizer.json", *_TOKENIZER_CONFIGS):
                 found.setdefault(file_name, entry)
     if "1_Pooling" in entries:
         for entry in folder.entries(_join(root, "1_Pooling")):

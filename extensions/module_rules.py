@@ -40,6 +40,7 @@ _TRANSFORMER = MappingProxyType(
         "query_length": (None,),
         "document_length": (None,),
         "query_expansion": (None,),
+        "tokenizer_name_or_path": (None,),
     }
 )
 _MODEL_ARGUMENTS = ("model_args", "config_args", "model_kwargs", "config_kwargs")
@@ -174,6 +175,11 @@ def _order(model: Model, kept: list[tuple[Mapping[str, Any], str]]) -> str | Non
     kinds = [kind for _, kind in kept]
     if kinds[:1] != ["Transformer"]:
         return "modules.json does not begin with a Transformer, and TEI always does."
+    if kept[0][0].get("path") not in (None, "", ".", "./"):
+        return (
+            f"modules.json has its Transformer in {str(kept[0][0]['path'])[:60]}, and TEI takes the one "
+            "beside modules.json: save the model again with a current sentence-transformers."
+        )
     if kinds.count("Transformer") > 1 or kinds.count("Pooling") > 1:
         twice = next(kind for kind in ("Transformer", "Pooling") if kinds.count(kind) > 1)
         return (
@@ -185,8 +191,10 @@ def _order(model: Model, kept: list[tuple[Mapping[str, Any], str]]) -> str | Non
             "modules.json has no Pooling, so the model gives a vector per token (late interaction), and "
             "TEI gives one per text."
         )
-    if any(kind == "Dense" for kind in kinds[: kinds.index("Pooling")]):
-        return "modules.json has a Dense module before the Pooling, and TEI applies them after it."
+    if early := kinds[1 : kinds.index("Pooling")]:
+        return (
+            f"modules.json has a {early[0]} module before the Pooling, and TEI applies it after it."
+        )
     if "Normalize" in kinds:
         later = [m for m, kind in kept[kinds.index("Normalize") :] if kind == "Dense"]
         for module in later:
@@ -292,6 +300,12 @@ def pooling(model: Model, hardware: Hardware | None) -> Iterator[Result]:
             f"{first}: the pooling ({modes[0]}) was written as TEI reads it.",
             {first: {"word_embedding_dimension": dimension, **on}},
         )
+    if served != "mean" and model.files.get("modules.json") is None:
+        yield (
+            WARNED,
+            f"There is no modules.json, without which sentence-transformers pools by mean, and {path} says "
+            f"{modes[0]}: register the model with all its sentence-transformers files.",
+        )
     if config.get("include_prompt") is False:
         yield (
             WARNED,
@@ -359,7 +373,7 @@ def length(model: Model, hardware: Hardware | None) -> Iterator[Result]:
     path = contract.sentence_config(model.files)
     config = model.json(path) if path else {}
     wanted = contract.sequence_length(model.files)
-    said = contract.count(config.get("max_seq_length"))
+    said = contract.count(config.get("max_seq_length")) or None
     if wanted is None:
         if path and said is None:
             yield FIXED, f"{path} has no max_seq_length and was left out.", {path: None}

@@ -110,6 +110,9 @@ def settings(model: Model, hardware: Hardware | None) -> Iterator[Result]:
             if part.get(setting.field) is not wanted:
                 part[setting.field] = wanted
                 said.append(setting.key)
+    if (tokens := _found_otherwise(config, changed)) is not None:
+        changed["added_tokens"] = tokens
+        said.append("added_tokens_decoder")
     if said:
         yield (
             FIXED,
@@ -146,6 +149,12 @@ def _unsettled(
             f"{CONFIG} says add_prefix_space: {str(prefix).lower()}, which only some versions of "
             f"transformers heed, and {PATH} the other: compare vectors.",
         )
+    if name in _PYTHON:
+        yield (
+            WARNED,
+            f"The tokenizer's class {name} is Python code that {PATH} cannot hold, and TEI reads {PATH} "
+            "alone: compare vectors.",
+        )
     listed = (config.get(key) for key in _ADDED)
     tokens = [t for said in listed if isinstance(said, dict | list) for t in _values(said)]
     if lost := [c for t in tokens if (c := _text(t)) and _number(tokenizer, c) is None]:
@@ -180,6 +189,43 @@ def _unsettled(
         )
 
 
+def _found_otherwise(
+    config: Mapping[str, Any], tokenizer: Mapping[str, Any]
+) -> list[dict[str, Any]] | None:
+    """Added tokens as added_tokens_decoder and its older forms have them: transformers adds them over
+    the tokenizer's own, flags and all (tried with 5.23).
+
+    Returns: all of them, as they are to be; None where nothing differs. Tokens that the tokenizer does
+    not have at all are `_unsettled`.
+    """
+    listed = tokenizer.get("added_tokens")
+    if not (listed is None or isinstance(listed, list)):
+        return None
+    tokens = [dict(token) for token in listed or [] if isinstance(token, dict)]
+    before, known = [dict(token) for token in tokens], {_text(token): token for token in tokens}
+    for key in _ADDED:
+        for said in _values(found) if isinstance(found := config.get(key), dict | list) else []:
+            if (content := _text(said)) is None:
+                continue
+            told = said if isinstance(said, dict) else {}
+            flags = {flag: told[flag] for flag in _FLAGS if isinstance(told.get(flag), bool)}
+            if content in known:
+                known[content] |= flags if key == "added_tokens_decoder" else {}
+            elif (number := _number(tokenizer, content)) is not None:
+                special = flags.get("special", key in _SPECIAL)
+                usual = dict.fromkeys(_FLAGS, False) | {
+                    "special": special,
+                    "normalized": not special,
+                }
+                known[content] = {"id": number, "content": content, **usual, **flags}
+                tokens.append(known[content])
+    return (
+        sorted(tokens, key=lambda token: str(token.get("id")).zfill(9))
+        if tokens != before
+        else None
+    )
+
+
 def _said_by(model: Model) -> str:
     return f"{CONFIG} says it" if CONFIG in model.files else f"{_class(model)} takes it by default"
 
@@ -200,8 +246,41 @@ def _values(said: dict[str, Any] | list[Any]) -> list[Any]:
     return list(said.values()) if isinstance(said, dict) else said
 
 
-_ADDED = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens")
-"""Keys that list tokens, as texts or objects."""
+_ADDED = (
+    "added_tokens_decoder",
+    "additional_special_tokens",
+    "extra_special_tokens",
+    "added_tokens",
+)
+"""Keys that list tokens, as texts or objects; added_tokens is the file of that name."""
+
+_PYTHON = (
+    "BartphoTokenizer",
+    "BertJapaneseTokenizer",
+    "BertweetTokenizer",
+    "BioGptTokenizer",
+    "BlenderbotSmallTokenizer",
+    "ByT5Tokenizer",
+    "CTRLTokenizer",
+    "CanineTokenizer",
+    "CpmAntTokenizer",
+    "CpmTokenizer",
+    "EsmTokenizer",
+    "FSMTTokenizer",
+    "FlaubertTokenizer",
+    "GPTNeoXJapaneseTokenizer",
+    "PhobertTokenizer",
+    "ProphetNetTokenizer",
+    "RoCBertTokenizer",
+    "TapasTokenizer",
+    "XLMTokenizer",
+)
+"""Classes for texts that have no other form (transformers 5.23, TOKENIZER_MAPPING_NAMES)."""
+
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+"""How an added token is found in a text."""
+
+_SPECIAL = ("additional_special_tokens", "extra_special_tokens")
 
 _REBUILT = (*_BERT, *_BYTE_LEVEL, "XLMRobertaTokenizer", "CamembertTokenizer", "DebertaV2Tokenizer")
 """Classes whose tokenizer transformers 5 builds from their own settings."""

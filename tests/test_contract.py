@@ -76,6 +76,14 @@ def judged(content: Files, **more: Any) -> tuple[str | None, dict[str, str], Fil
         ("qwen3", {"rope_scaling": {"rope_type": "linear", "factor": 2}}, "linear"),
         ("qwen3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 2}}, "yarn"),
         ("qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": 5}}, "twice"),
+        ("qwen3", {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 5}}},
+         "by the kind of layer"),
+        ("qwen3", {"rope_scaling": {"rope_type": "default", "rope_theta": 5}}, "rope_theta in"),
+        ("new", {"rope_scaling": {"type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary"),
+        ("new", {"rope_scaling": {"type": "ntk", "factor": 2.0, "mixed_b": 0.3}}, "mixed_b"),
+        ("new", {"rope_scaling": {"type": "ntk"}}, "by no number"),
+        ("bert", {"pruned_heads": {"0": [1]}}, "every head"),
+        ("bert", {"transformers_weights": "other.safetensors"}, "whatever it says"),
     ],
 )  # fmt: skip
 def test_what_tei_would_compute_otherwise_is_refused(kind, config, said):
@@ -107,6 +115,8 @@ def test_what_tei_would_compute_otherwise_is_refused(kind, config, said):
         ("new", {"pad_token_id": [0]}, {"pad_token_id": 0}),
         ("bert", {"use_cache": "no"}, {"use_cache": True}),
         ("qwen3", {"is_causal": False}, {"use_bidirectional_attention": True}),
+        ("new", {"rope_scaling": {"type": "ntk", "rope_type": "ntk", "factor": 2.0}},
+         {"rope_scaling": {"type": "ntk", "factor": 2.0}}),
         ("qwen3", {"rope_theta": ..., "rope_parameters": {"rope_type": "default", "rope_theta": 5.0}},
          {"rope_theta": 5.0}),
     ],
@@ -140,6 +150,26 @@ def test_what_transformers_takes_of_a_missing_or_empty_key_is_written():
     assert contract.judge(rows["gemma3_text"], {}).written["sliding_window"] == 4096
     assert contract.judge(rows["mistral"], {}).written["sliding_window"] == 4096
     assert "sliding_window" not in contract.judge(rows["mistral"], {"sliding_window": None}).written
+
+
+def test_mistral_is_cut_where_its_window_would_act():
+    """transformers lets a token see as many as the window has, TEI one more (flash_mistral.rs:57)."""
+    content = model("qwen3")
+    content["config.json"] = QWEN2 | {"architectures": ["MistralModel"], "model_type": "mistral"}
+    del content["config.json"]["use_sliding_window"]
+    content["config.json"]["max_position_embeddings"] = 32768
+    for window, expected in (
+        ({"sliding_window": 1000}, 1000),
+        ({"sliding_window": None}, 32768),
+        ({}, 4096),
+    ):
+        said = copy.deepcopy(content)
+        said["config.json"] |= window
+        said["sentence_bert_config.json"] = {"max_seq_length": 32768}
+        assert contract.sequence_length(said) == expected
+        refused, _, after = judged(said)
+        assert refused is None
+        assert after["sentence_bert_config.json"]["max_seq_length"] == expected
 
 
 QWEN2 = {
@@ -247,6 +277,7 @@ def with_modules(*kinds: str, **dense: Any) -> Files:
         (("Transformer", "Pooling", "Normalize", "Dense"), {"activation_function": TANH}, "normalizes"),
         (("Transformer", "Pooling", "Normalize", "Dense"), {"activation_function": ...}, "normalizes"),
         (("Transformer", "Dense", "Pooling"), {}, "before the Pooling"),
+        (("Transformer", "Normalize", "Pooling"), {}, "before the Pooling"),
         (("Pooling", "Normalize"), {}, "does not begin with"),
         (("Transformer", "Dense"), {}, "late interaction"),
         (("Transformer", "Normalize"), {}, "late interaction"),
@@ -262,6 +293,13 @@ def test_modules_that_tei_cannot_do_are_refused(kinds, dense, said):
     refused, _, _ = judged(with_modules(*kinds, **dense))
     assert refused is not None
     assert said in refused
+
+
+def test_a_transformer_in_a_folder_of_its_own_is_refused():
+    """TEI would take the files beside modules.json, whatever they are."""
+    content = with_modules("Transformer", "Pooling", "Normalize")
+    content["modules.json"][0]["path"] = "0_Transformer"
+    assert "0_Transformer" in str(judged(content)[0])
 
 
 def test_modules_that_tei_can_do_are_served_and_written_as_it_reads_them():
@@ -286,6 +324,18 @@ def test_the_pooling_is_the_one_that_modules_json_names():
     assert after["1_Pooling/config.json"]["pooling_mode_cls_token"] is True
 
 
+def test_a_pooling_that_sentence_transformers_does_not_read_is_told():
+    """Without modules.json it pools by mean, whatever 1_Pooling says (base/model.py:1198)."""
+    for mode, told in (("cls", WARNED), ("mean", None)):
+        content = model("bert")
+        del content["modules.json"]
+        ends = {"cls": "cls_token", "mean": "mean_tokens"}
+        modes = {f"pooling_mode_{end}": name == mode for name, end in ends.items()}
+        content["1_Pooling/config.json"] = {"word_embedding_dimension": 768, **modes}
+        found = compatibility.check(content, pooling=mode)
+        assert {f.rule: f.outcome for f in found}["pooling"] == (told or compatibility.OK)
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -297,6 +347,7 @@ def test_the_pooling_is_the_one_that_modules_json_names():
         {"query_expansion": {"strategy": "fixed", "length": 32}},
         {"config_args": {"output_hidden_states": True}},
         {"tokenizer_args": {"vocab_file": "other.txt"}},
+        {"tokenizer_name_or_path": "acme/other"},
         {"processor_kwargs": {"split_special_tokens": True}},
         {"processing_kwargs": {"text": {"add_special_tokens": False}}},
         {"modality_config": {"image": {"method": "forward"}}},
@@ -348,14 +399,14 @@ def test_only_poolings_that_work_are_answered(kind, mode):
 
 @pytest.mark.parametrize(
     ("told", "sentence", "expected"),
-    [(128, None, 128), (128.0, None, 128), (10**30, None, None), (1e30, None, None), (128, 64, 64),
-     (512, None, None), (600, None, None)],
+    [(128, None, 128), (128, 0, 128), (128.0, None, 128), (10**30, None, None), (1e30, None, None),
+     (128, 64, 64), (512, None, None), (600, None, None)],
 )  # fmt: skip
 def test_the_length_is_what_sentence_transformers_takes(told, sentence, expected):
     content = model("bert")
     del content["sentence_bert_config.json"]
     content["tokenizer_config.json"] = {"model_max_length": told}
-    if sentence:
+    if sentence is not None:
         content["sentence_bert_config.json"] = {"max_seq_length": sentence}
     after = judged(content)[2]
     assert after.get("sentence_bert_config.json", {}).get("max_seq_length") == expected
@@ -478,6 +529,8 @@ def test_the_end_token_is_added_where_tokenizer_config_asks_for_it(processor):
         ({"additional_special_tokens": ["<query>"]}, "first <query>"),
         ({"extra_special_tokens": {"query_token": "<query>"}}, "first <query>"),
         ({"split_special_tokens": True}, "split_special_tokens"),
+        ({"tokenizer_class": "BertJapaneseTokenizer"}, "BertJapaneseTokenizer is Python code"),
+        ({"tokenizer_class": "PhobertTokenizer"}, "PhobertTokenizer is Python code"),
         ({"tokenizer_class": "RobertaTokenizer", "cls_token": "[MASK]"}, "cls_token: [MASK]"),
         ({"tokenizer_class": "BertTokenizerFast", "sep_token": {"content": "w1"}}, "sep_token: w1"),
         ({"tokenizer_class": "MPNetTokenizer", "unk_token": "w2"}, "unk_token: w2"),
@@ -496,6 +549,50 @@ def test_what_versions_of_transformers_differ_in_is_told(config, said):
              "add_eos_token": True, "eos_token": "[SEP]"}  # fmt: skip
     content["tokenizer_config.json"] = known
     assert {"tokenizer", "special-tokens"}.isdisjoint(judged(content)[1])
+
+
+MASK = {"content": "[MASK]", "lstrip": False, "rstrip": False, "normalized": False, "special": True,
+        "single_word": True}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "said", "lost"),
+    [
+        ("tokenizer_config.json", {"added_tokens_decoder": {"4": MASK}}, None),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"4": MASK | {"lstrip": True}}}, None),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"7": MASK | {"content": "w2"}}}, None),
+        ("tokenizer_config.json", {"additional_special_tokens": ["w2"]}, None),
+        ("tokenizer_config.json", {"extra_special_tokens": ["w3", "w2"]}, None),
+        ("added_tokens.json", {"w2": 7}, None),
+        ("special_tokens_map.json", {"additional_special_tokens": ["w2"]}, None),
+        ("added_tokens.json", {"<query>": 255}, "<query>"),
+        ("special_tokens_map.json", {"additional_special_tokens": ["<query>"]}, "<query>"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "BertTokenizer"])
+def test_added_tokens_of_every_file_are_written_or_told(path, said, lost, name, tmp_path):
+    content = model("bert")
+    names = {f"{kind}_token": f"[{kind.upper()}]" for kind in ("cls", "pad", "sep", "unk", "mask")}
+    whole = tiny.tokenizer()
+    if name == "BertTokenizer":  # as transformers builds it
+        whole |= {"normalizer": dict(NORMALIZER), "pre_tokenizer": {"type": "BertPreTokenizer"}}
+    content["tokenizer.json"] = whole
+    content["tokenizer_config.json"] = names | {"tokenizer_class": name}
+    content[path] = content.get(path, {}) | said
+    findings = compatibility.check(content, pooling="mean")
+    told = [f.message for f in findings if f.rule == "tokenizer" and f.outcome == WARNED]
+    assert (f"first {lost}" in " ".join(told)) if lost else not told
+    after = compatibility.repaired(content, findings)
+    assert "tokenizer" not in {
+        f.rule for f in compatibility.check(after, pooling="mean") if f.outcome == FIXED
+    }
+    transformers = pytest.importorskip("transformers")
+    for file in ("tokenizer.json", "config.json", "tokenizer_config.json", path):
+        tiny.write(tmp_path / file, content[file])
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = pytest.importorskip("tokenizers").Tokenizer.from_str(json.dumps(after["tokenizer.json"]))
+    for text in ("w1 w2[MASK] w3", "w1 xw2 w3 xw3", "w2  [MASK] w4"):
+        assert ours.encode(text).ids == theirs(text)["input_ids"]
 
 
 def test_the_tokenizer_class_may_stand_in_config_json():
@@ -676,6 +773,7 @@ THETA = {kind: {"rope_type": "default", "rope_theta": 300.0}
         ("bert", {"use_cache": None}, {}),
         ("qwen3", {"head_dim": ...}, {"head_dim": 128}),
         ("gte", {"pad_token_id": [0]}, {}),
+        ("gte", {"rope_parameters": {"rope_type": "default"}}, {}),
         ("modernbert", {"local_rope_theta": None, "global_rope_theta": 300.0, "rope_parameters": ...},
          {"rope_parameters": THETA}),
     ],

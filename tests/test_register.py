@@ -68,15 +68,30 @@ def test_a_file_that_changed_after_its_download_gets_its_own_digest(
     assert file.sha256 == hashlib.sha256(changed.read_bytes()).hexdigest()
 
 
-def test_what_cannot_be_served_is_refused_before_anything_is_uploaded(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("path", "content", "says"),
+    [
+        ("tokenizer.json", None, "tokenizer.json"),
+        ("config.json", {"model_type": "t5"}, "TEI has no implementation of t5"),
+        ("config.json", {"position_embedding_type": "relative_key"}, "relative_key"),
+        ("1_Pooling/config.json", {"pooling_mode": ["mean", "cls"]}, "pools by mean and cls"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_before_anything_is_uploaded(
+    tmp_path: Path, path: str, content: dict[str, object] | None, says: str
+) -> None:
     folder = snapshot(tmp_path / "model")
-    (folder / "tokenizer.json").unlink()
+    file = folder / path
+    if content is None:
+        file.unlink()
+    else:
+        write(file, json.dumps(json.loads(file.read_text()) | content))
     # Nobody listens there: it is refused before that is noticed.
     done = register(
         "--model", "acme/bad", "--folder", str(folder), MLFLOW_TRACKING_URI="http://127.0.0.1:9"
     )
     assert done.returncode == 1
-    assert "tokenizer.json" in done.stderr
+    assert says in done.stderr
     assert done.stderr.count("\n") == 1
 
 

@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from extensions import contract
+from tests.contract import jina_v2
+
 LAYERS, HIDDEN, HEADS, POSITIONS, LIMIT = 3, 64, 4, 128, 64
 SPECIAL = ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]")
 WORDS = tuple(f"w{n}" for n in range(250))
@@ -27,11 +30,15 @@ _SIZES: dict[str, Any] = {
 }
 _DECODER = _SIZES | {"num_key_value_heads": 2, "head_dim": 16, "eos_token_id": 2}
 
+JINA_V2 = "jina_v2"
+"""Not of transformers: tests/contract/jina_v2.py."""
+
 MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertConfig", _SIZES),
     "roberta": ("RobertaConfig", _SIZES | {"pad_token_id": 1}),
     "xlm-roberta": ("XLMRobertaConfig", _SIZES | {"pad_token_id": 1, "type_vocab_size": 1}),
     "camembert": ("CamembertConfig", _SIZES | {"pad_token_id": 1, "type_vocab_size": 1}),
+    "jina-v2": (JINA_V2, _SIZES),
     "distilbert": (
         "DistilBertConfig",
         {"vocab_size": VOCABULARY, "dim": HIDDEN, "n_layers": LAYERS, "n_heads": HEADS,
@@ -51,7 +58,9 @@ MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
     ),
     "nomic_bert": ("NomicBertConfig", _SIZES | {"head_dim": HIDDEN // HEADS}),
     "gte": ("GteConfig", _SIZES | {"pad_token_id": 0}),
+    "new": ("GteConfig", _SIZES | {"pad_token_id": 0, "type_vocab_size": 2}),
     "qwen3": ("Qwen3Config", _DECODER),
+    "bidirectional_pplx_qwen3": ("Qwen3Config", _DECODER),
     "gemma3_text": (
         "Gemma3TextConfig",
         _DECODER | {"num_hidden_layers": 6, "sliding_window": 32, "query_pre_attn_scalar": 16,
@@ -59,6 +68,25 @@ MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 """Row -> configuration class of transformers, and what is not its default."""
+
+
+STANDS_FOR: Mapping[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "new": (
+        "Gte",
+        {"architectures": ["NewModel"], "layer_norm_type": "layer_norm",
+         "position_embedding_type": "rope", "rope_scaling": None, "pack_qkv": True,
+         "unpad_inputs": False, "use_memory_efficient_attention": False,
+         "logn_attention_scale": False, "logn_attention_clip1": False},
+        {},
+    ),
+    "bidirectional_pplx_qwen3": (
+        "Qwen3",
+        {"architectures": ["PPLXQwen3Model"], "use_bidirectional_attention": True},
+        {"is_causal": False},
+    ),
+}  # fmt: skip
+"""Rows whose own code is their makers': transformers' class that computes the same, what their config.json
+says beside, and what that class is told."""
 
 
 def texts() -> list[str]:
@@ -83,13 +111,22 @@ def build(name: str, folder: Path, pooling: str = "mean", **changes: Any) -> Pat
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     class_name, said = MODELS[name]
-    config = getattr(transformers, class_name)(**{**said, **changes})
     torch.manual_seed(7)
+    if class_name == JINA_V2:
+        jina_v2.build(folder, {**said, **changes}, _fill)
+        dress(folder, pooling)
+        return folder
+    config = getattr(transformers, class_name)(**{**said, **changes})
     model = transformers.AutoModel.from_config(config).float().eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             _fill(torch, parameter_name, parameter)
     model.save_pretrained(folder)
+    if name in STANDS_FOR:
+        path = folder / "config.json"
+        saved = json.loads(path.read_text()) | STANDS_FOR[name][1] | {"model_type": name}
+        saved["rope_theta"] = saved.pop("rope_parameters")["rope_theta"]
+        write(path, saved)
     dress(folder, pooling)
     return folder
 
@@ -166,13 +203,28 @@ def vectors(folder: Path, pooling: str = "mean", limit: int = LIMIT) -> list[lis
     import torch
     import transformers
 
-    model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    said = json.loads((folder / "config.json").read_text())
+    name, own = said["model_type"], {}
+    loader = transformers.AutoModel
+    if name in STANDS_FOR:
+        kind, beside, told = STANDS_FOR[name]
+        kept = {k: v for k, v in said.items() if k not in {"model_type", *beside}}
+        loader = getattr(transformers, f"{kind}Model")
+        own = {"config": getattr(transformers, f"{kind}Config")(**kept | told)}
+    alibi = contract.is_jina_v2(said)
+    model = None if alibi else loader.from_pretrained(folder, dtype=torch.float32, **own).eval()
     found = []
     with torch.no_grad():
         for text in texts():
             ids = torch.tensor([tokens(text, limit)])
-            states = model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
+            if model is None:
+                states = jina_v2.states(folder, ids)
+            else:
+                mask = torch.ones_like(ids)
+                states = model(input_ids=ids, attention_mask=mask).last_hidden_state[0]
             pooled = {"cls": states[0], "mean": states.mean(0), "last-token": states[-1]}[pooling]
+            if name == "bidirectional_pplx_qwen3":  # its third module
+                pooled = (pooled.tanh() * 127).round()
             found.append(torch.nn.functional.normalize(pooled, dim=0).tolist())
     return found
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from .errors import ConfigurationError, UnsuitableModelError
 from .pin import JINA_V3, Pin
 from .reading import UnreadableError, document
 
-REVISION = 3
+REVISION = 4
 """Raise it when the rules below change: folders that were prepared by older rules are made anew."""
 
 LONGEST_CONFIG = 64 << 20
@@ -31,11 +31,13 @@ CONVERSION_RECORD = "conversion.json"
 _CONVERTED = ".converted"
 
 
-def prepare(folder: Path, pin: Pin) -> list[str]:
+def prepare(folder: Path, pin: Pin, tell: Callable[[str], None] | None = None) -> list[str]:
     """Transforms the folder in place where TEI needs it.
 
     folder: holds the pinned files and nothing else. A file may be a symbolic link into a read-only
     store, so never open one for writing: put a new one in its place with `volume.write_whole`.
+    tell: is called with each remark of the rules, which rendering could not all make: it reads no long
+    files.
 
     Returns: one sentence per change, for the log and the marker; empty when nothing had to be done.
     Raises: UnsuitableModelError when the model cannot be made loadable.
@@ -55,6 +57,9 @@ def prepare(folder: Path, pin: Pin) -> list[str]:
     )
     if problem := compatibility.refusal(findings):
         raise UnsuitableModelError(problem)
+    for finding in findings:
+        if tell and finding.outcome == compatibility.WARNED:
+            tell(finding.message)
     if conversion:
         return _convert(folder, conversion)
     changed: dict[str, object] = {}

@@ -207,7 +207,9 @@ def _make(
     digests = _fill(folder, staging, source, settings, console, stop, meter)
     seconds = meter.seconds
     before = _exactly_pinned(staging, folder.pin, isinstance(source, Mounted), console)
-    changes = tuple(prepare(staging.files, folder.pin))
+    changes = tuple(
+        prepare(staging.files, folder.pin, lambda said: console.info(f"remark: {said}"))
+    )
     for change in changes:
         console.info(f"prepared for TEI: {change}")
     straight = _straight(source, folder.pin)

@@ -91,6 +91,17 @@ def test_what_sentence_transformers_writes_today_is_repaired(folder, store):
     assert set(snapshot(folder)) == set(before)
 
 
+def test_what_rendering_could_not_see_is_told(folder):
+    """A tokenizer.json of more than 8 MiB is read here alone, so its remarks come from here."""
+    config = folder / "tokenizer_config.json"
+    config.unlink()
+    config.write_text(json.dumps({"model_max_length": 256, "split_special_tokens": True}))
+    told: list[str] = []
+    changes = prepare.prepare(folder, pin("mean"), told.append)
+    assert any("split_special_tokens" in remark for remark in told)
+    assert not set(told) & set(changes)
+
+
 def test_a_second_time_nothing_is_left_to_do(folder):
     prepare.prepare(folder, pin("mean"))
     after = snapshot(folder)
