@@ -144,6 +144,17 @@ def test_a_pull_request_of_the_template_is_never_run(
         update.Repository(repository).must_know_its_commit()
 
 
+@pytest.mark.parametrize("how", ["absolute", "relative", "home"])
+def test_a_template_on_this_machine_is_its_owner_s(
+    repository: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (repository / "template").mkdir()
+    monkeypatch.setenv("HOME", str(repository))
+    path = {"absolute": f"{repository}/template", "relative": "./template", "home": "~/template"}
+    commit(repository, ANSWERS.replace("gh:acme/template", path[how]).replace("v1.0.0", "0" * 40))
+    program(PROGRAM).Repository(repository).must_know_its_commit()
+
+
 def test_the_versions_that_run_are_those_that_are_tested() -> None:
     tested = dict(
         re.findall(r'"([\w-]+)(?:\[\w+\])?==([\d.]+)"', (ROOT / "pyproject.toml").read_text())

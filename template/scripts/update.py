@@ -137,7 +137,7 @@ class Repository:
         Copier takes all that the server has, and that of a pull request is anybody's.
         """
         for source, commit in self._named_now():
-            if not commit or Path(self.root, source).expanduser().exists():
+            if not commit or (self.root / Path(source).expanduser()).exists():
                 continue
             short, rest = source[:3], source[3:].lstrip("/")
             url = HOSTS[short] + rest if short in HOSTS else source.removeprefix("git+")
