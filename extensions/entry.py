@@ -258,9 +258,10 @@ class TextEmbeddings(Extension):
             pin = _module("pin").Pin.from_mapping(context["pin"])
             return "\n".join(_module("layout").left_out(given, pin))
 
-        def every_tei_edit() -> object:
+        @pass_context
+        def every_tei_edit(context: Context) -> object:
             """The edits of TEI's sources that its image has unless they are turned off."""
-            return _module("tei").every_edit()
+            return _module("tei").every_edit(context["accelerator"])
 
         @pass_context
         def plan(context: Context) -> object:

@@ -29,7 +29,7 @@ def left_out(given: Mapping[str, Any], pin: Pin) -> list[str]:
     overlays = answers.overlays(given)
     every = answers.kustomize_components(answers.COMPONENTS, given["replicas"])
     chosen = answers.kustomize_components(components, given["replicas"])
-    build = given["tei_image"] == "build"
+    build, edits = given["tei_image"] == "build", tei.edits(given)
     gpu = accelerator.for_name(given["accelerator"])
     client = "/images/model-fetch"
     thinkubes = [
@@ -61,7 +61,8 @@ def left_out(given: Mapping[str, Any], pin: Pin) -> list[str]:
         (given["ci"] != "github", ["/.github"]),
         (given["ci"] != "gitlab", ["/.gitlab-ci.yml"]),
         (not build, [f"/{objects}/build", "/images/tei"]),
-        (not tei.edits(given), ["/images/tei/patches"]),
+        (not edits, ["/images/tei/patches"]),
+        (True, [f"/images/tei/patches/{e.name}.edit" for e in tei.every_edit() if e not in edits]),
         (not gpu.is_gpu, ["/images/tei/require-gpu.c"]),
         ("mkl" not in gpu.features(given["image_platform"]), ["/images/tei/mkl.txt"]),
         (

@@ -26,6 +26,9 @@ class Edit:
     upstream: str | None = None
     """Number of the issue at huggingface/text-embeddings-inference; None: not reported."""
 
+    accelerator: str | None = None
+    """The one that it is for; None: for each."""
+
 
 @cache
 def _table() -> Mapping[str, Any]:
@@ -73,12 +76,15 @@ def environment() -> Mapping[str, str]:
     return {name: row["value"] for name, row in _table()["environment"].items()}
 
 
-def every_edit() -> tuple[Edit, ...]:
-    """All edits, in the order in which they are made."""
-    return tuple(Edit(name, **row) for name, row in _table()["edits"].items())
+def every_edit(accelerator: str | None = None) -> tuple[Edit, ...]:
+    """The edits for an accelerator, in the order in which they are made; for any where none is named."""
+    rows = (Edit(name, **row) for name, row in _table()["edits"].items())
+    return tuple(
+        row for row in rows if not (accelerator and row.accelerator not in (None, accelerator))
+    )
 
 
 def edits(given: Mapping[str, Any]) -> tuple[Edit, ...]:
     """The edits that the image of these answers has: Hugging Face's own has none."""
     made = given["tei_image"] == "build" and given.get("tei_edits", True)
-    return every_edit() if made else ()
+    return every_edit(given["accelerator"]) if made else ()

@@ -11,7 +11,7 @@ import pytest
 from copier.errors import UserMessageError
 
 from extensions import tei
-from tests.containers.mirrors import anchors
+from tests.containers.mirrors import anchors, anchors_of
 
 if TYPE_CHECKING:
     from tests.containers.renders import RenderTei
@@ -21,6 +21,7 @@ pytest_plugins = ["tests.containers.renders"]
 ROOT = Path(__file__).parent.parent
 PATCHES = ROOT / "template/images/tei/patches"
 NAMES = [edit.name for edit in tei.every_edit()]
+NEW = "backends/candle/src/layers/in_place.rs"
 
 
 def apply(sources: Path, patches: Path, names: str) -> subprocess.CompletedProcess[str]:
@@ -36,10 +37,10 @@ def content(folder: Path) -> dict[str, str]:
 def sources(tmp_path: Path) -> Path:
     """Files that hold each anchor of ours once, and nothing else of TEI."""
     folder = tmp_path / "src"
-    for name, text in anchors().items():
+    for name, texts in anchors().items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(f"before {line} behind\n" for line in text.splitlines()))
+        path.write_text("".join(f"before {text} behind\n" for text in texts))
     return folder
 
 
@@ -75,6 +76,7 @@ def test_edits_are_made(sources: Path) -> None:
 
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [f"patches: {name}" for name in sorted(content(sources))]
+    assert "pub fn softmax_in_place" in (sources / NEW).read_text()
     qwen3 = (sources / "backends/candle/src/models/qwen3.rs").read_text()
     assert qwen3 == "before let mut masking = true; behind\n"
 
@@ -84,11 +86,7 @@ def test_edits_are_made(sources: Path) -> None:
 def test_an_anchor_that_is_not_there_once_changes_nothing(
     sources: Path, name: str, times: int
 ) -> None:
-    text = (PATCHES / f"{name}.edit").read_text()
-    groups = re.findall(r"^(file|find): (.*)$", text, re.M)
-    where, anchor = groups[-2][1], groups[-1][1]
-    if groups[-2][0] == "find":
-        where = next(rest for word, rest in reversed(groups) if word == "file")
+    where, anchor = anchors_of(PATCHES / f"{name}.edit")[-1]
     path = sources / where
     path.write_text(path.read_text().replace(anchor, " ".join([anchor] * times)))
     before = content(sources)
@@ -97,7 +95,7 @@ def test_an_anchor_that_is_not_there_once_changes_nothing(
 
     assert done.returncode == 1
     assert done.stderr == (
-        f"patches: {name} is not for this TEI: {where} has '{anchor}' {times} times, not once.\n"
+        f"patches: {name} is not for this TEI: {where} has '{' '.join(anchor.splitlines())}' {times} times, not once.\n"
     )
     assert content(sources) == before
 
@@ -114,6 +112,12 @@ def test_an_anchor_that_is_not_there_once_changes_nothing(
         ("file: lib.rs\n", "own.edit changes nothing."),
         ("find: a\nput: x\n", "own.edit names no file."),
         ("file: lib.rs\nput: x\n", "own.edit puts before it finds."),
+        ("file: new.rs\nnew: x\nput: x\n", "own.edit puts before it finds."),
+        ("file: lib.rs\nnew: x\n", "own is not for this TEI: lib.rs is there already."),
+        (
+            "file: lib.rs\nfind: let a\nfind: = 1\nput: x\n",
+            "own is not for this TEI: lib.rs has 'let a = 1' 0",
+        ),
         ("file: lib.rs\nfind: let a\nand: x\n", "own.edit has a line that is none: and: x"),
     ],
 )
@@ -138,16 +142,30 @@ def test_characters_that_mean_something_elsewhere_are_plain(tmp_path: Path) -> N
     assert (tmp_path / "lib.rs").read_text() == "a[$&] \\1 ${x}\n.* /* $x \\1 */\n"
 
 
+def test_an_anchor_may_be_of_several_lines_and_a_file_may_be_new(tmp_path: Path) -> None:
+    (tmp_path / "lib.rs").write_text("a;\nb;\na;\n\n    c;\n")
+    (tmp_path / "own.edit").write_text(
+        "file: lib.rs\nfind: a;\nfind: c;\nput: x;\nfile: new/one.rs\nnew: one\nnew:\nnew:   two\n"
+    )
+    (tmp_path / "new").mkdir()
+
+    assert apply(tmp_path, tmp_path, "own").returncode == 0
+    assert (tmp_path / "lib.rs").read_text() == "a;\nb;\nx;\n"
+    assert (tmp_path / "new/one.rs").read_text() == "one\n\n  two\n"
+
+
 @pytest.mark.parametrize("name", ["cpu", "gb10"])
 def test_the_image_says_which_edits_are_in(render_tei: RenderTei, name: str) -> None:
     folder = render_tei(name) / "images/tei"
     dockerfile = (folder / "Dockerfile").read_text()
 
-    assert dockerfile.count(f"ARG TEI_EDITS={','.join(NAMES)}\n") == 3
+    names = [edit.name for edit in tei.every_edit(name)]
+    assert ("cpu-speed" in names) == (name == "cpu")
+    assert dockerfile.count(f"ARG TEI_EDITS={','.join(names)}\n") == 3
     assert f'DOCKER_LABEL="{name} edits=${{TEI_EDITS}}"' in dockerfile
     assert 'tei.edits="${TEI_EDITS}"' in dockerfile
     assert sorted(path.name for path in (folder / "patches").iterdir()) == sorted(
-        ["apply.pl", *(f"{edit}.edit" for edit in NAMES)]
+        ["apply.pl", *(f"{edit}.edit" for edit in names)]
     )
 
 

