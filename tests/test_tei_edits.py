@@ -94,8 +94,9 @@ def test_an_anchor_that_is_not_there_once_changes_nothing(
     done = apply(sources, PATCHES, ",".join(NAMES))
 
     assert done.returncode == 1
+    looked_for = " ".join(anchor.splitlines())
     assert done.stderr == (
-        f"patches: {name} is not for this TEI: {where} has '{' '.join(anchor.splitlines())}' {times} times, not once.\n"
+        f"patches: {name} is not for this TEI: {where} has '{looked_for}' {times} times, not once.\n"
     )
     assert content(sources) == before
 
