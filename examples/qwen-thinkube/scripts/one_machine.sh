@@ -6,6 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # From the answers.
 MODEL='Qwen/Qwen3-Embedding-0.6B, version 3'
 SERVED=/model/Qwen-Qwen3-Embedding-0.6B/3 # compose.yaml's --model-id
+MLFLOW=http://mlflow.mlflow.svc.cluster.local:5000
 FETCH_IMAGE=registry.example.com/qwen-model-fetch:1.0.0
 OWN_IMAGE=ghcr.io/huggingface/text-embeddings-inference:121-1.9.4@sha256:a8f7f1b33b18a8a8d87b9f16268803ce83c9b4dd33fc05424b3b5375bf18c85c
 GPU=yes
@@ -20,8 +21,12 @@ die() {
 setting() { # name, default
   local line
   if [ -n "${!1:-}" ]; then printf '%s' "${!1}"; return; fi
-  line=$(sed -n "s/^ *$1=//p" .env 2>/dev/null | tail -n 1)
-  line=${line#[\"\']} line=${line%[\"\']}
+  line=$(sed -n "s/\r$//; s/^ *\(export  *\)\{0,1\}$1=//p" .env 2>/dev/null | tail -n 1)
+  case $line in
+  \"*) line=${line#\"} line=${line%%\"*} ;;
+  \'*) line=${line#\'} line=${line%%\'*} ;;
+  *) line=$(printf '%s' "$line" | sed 's/[[:space:]]\{1,\}#.*//; s/[[:space:]]*$//') ;;
+  esac
   printf '%s' "${line:-$2}"
 }
 
@@ -65,14 +70,21 @@ check() {
 
 has() { "$engine" image inspect "$1" >/dev/null 2>&1; }
 
+# What `make push` wrote down, where it is of what stands here.
+pull_pushed() { # image, its name here
+  local pushed
+  pushed=$(python3 -B scripts/images.py source "$1")
+  [ -n "$pushed" ] && "$engine" pull "$pushed" && "$engine" tag "$pushed" "$2"
+}
+
 # By what it is built from: an update of the template builds it anew, and a revert has the old one again.
 fetch_image() {
   local content
   content=$(python3 -B scripts/images.py tag model-fetch)
-  if has "$content"; then
+  if has "$content" || pull_pushed model-fetch "$content"; then
     "$engine" tag "$content" "$FETCH_IMAGE"
-  elif "${compose[@]}" build model-fetch; then
-    "$engine" tag "$FETCH_IMAGE" "$content"
+  elif BUILDER=$engine FORCE=1 python3 -B scripts/images.py build model-fetch; then
+    return
   elif has "$FETCH_IMAGE"; then
     echo "model-fetch's image could not be built anew (see above): the one that is here is used." >&2
   else
@@ -117,13 +129,19 @@ port_is_ours() {
   fi
 }
 
+# A container's MLflow is seldom where it is for Kubernetes, or for this shell.
+whose_mlflow() {
+  [ -n "$(setting COMPOSE_MLFLOW_URI "")" ] ||
+    printf ' MLflow was asked at %s: COMPOSE_MLFLOW_URI names another address.' "$MLFLOW"
+}
+
 # Beside what serves.
 fetch() {
   check
   port_is_ours
   images
   "${compose[@]}" run --rm --no-deps -T model-fetch ||
-    die "The model was not fetched: the line above says why. What served before still serves."
+    die "The model was not fetched: the line above says why. What served before still serves.$(whose_mlflow)"
 }
 
 # Changes over at the end: a second or two, and the time that TEI takes to load.
@@ -162,6 +180,21 @@ prune() {
   done
 }
 
+# The same images for Quadlet: their names, once they are here.
+podman_images() {
+  engine=podman
+  images >&2
+  local content
+  content=$(python3 -B scripts/images.py tag model-fetch)
+  if has "$content"; then echo "$content"; else echo "$FETCH_IMAGE"; fi
+  echo "$TEI_IMAGE"
+}
+
+# What compose refuses, and Quadlet does not.
+allowed() {
+  for_this_machine_alone
+}
+
 # Docker restarts nothing that hangs; the timer of the service calls this.
 watch() {
   find_compose
@@ -174,7 +207,7 @@ watch() {
 }
 
 case ${1:-} in
-up | fetch | start | watch | prune) "$1" ;;
+up | fetch | start | watch | prune | allowed | podman_images) "$1" ;;
 runs) find_compose 2>/dev/null && [ -n "$("${compose[@]}" ps --quiet 2>/dev/null)" ] ;;
 stop) find_compose && "${compose[@]}" stop ;;
 down) find_compose && "${compose[@]}" down ;;
