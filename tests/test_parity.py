@@ -468,7 +468,8 @@ def test_a_converted_model_is_compared_with_its_adapter(
     checkpoint = checkpoints.random_checkpoint(vocab_size=len(tokenizer["model"]["vocab"]))
     folder = checkpoints.save(checkpoint, tmp_path / "model", "hf")
     native.native_model(checkpoint).save_pretrained(folder)
-    tiny.dress(folder, "mean")
+    longest = checkpoint.config["max_position_embeddings"] - 2  # as XLM-RoBERTa counts them
+    tiny.dress(folder, "mean", longest)
     tiny.write(folder / "tokenizer.json", tokenizer)
     names = {f"{kind}_token": f"[{kind.upper()}]" for kind in ("cls", "pad", "sep", "unk", "mask")}
     tiny.write(
@@ -485,7 +486,7 @@ def test_a_converted_model_is_compared_with_its_adapter(
         facts=SimpleNamespace(pooling="mean"),
     )
     prepare.prepare(folder, pin)
-    said = _expected(model="it", dimensions=64, max_input_tokens=64, weights={})
+    said = _expected(model="it", dimensions=64, max_input_tokens=longest, weights={})
     (tmp_path / "expected.json").write_text(json.dumps(said))
     flags = ["--served-model-name=it", "--auto-truncate", "--dtype=float32", "--pooling=mean"]
     if served == "retrieval.query":
