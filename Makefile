@@ -62,6 +62,10 @@ models: $(INSTALLED) ## Print which model is served on which accelerator, from t
 contract: $(INSTALLED) $(VENV)/.reference ## Compare TEI's contract with the real TEI (TEI_ROUTER names it), print what differs
 	@$(BIN)/python -m tests.contract.program $(CONTRACT_ARGS)
 
+.PHONY: chains
+chains: $(INSTALLED) $(VENV)/.reference ## Take a model of each architecture through the whole chain on the real TEI, note what came
+	CHAINS=write MLFLOW_BIN=$(CURDIR)/$(BIN)/mlflow PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pytest tests/test_chains.py $(PYTEST_ARGS)
+
 .PHONY: bench
 bench: $(INSTALLED) ## Measure rendering against an empty template; prints a table
 	$(BIN)/python benchmarks/render.py
