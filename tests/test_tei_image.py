@@ -100,6 +100,19 @@ def test_stages_are_there_before_they_are_used(
 
 
 @every
+def test_every_image_is_fetched_before_anything_is_compiled(
+    render_tei: RenderTei, name: str, platform: str
+) -> None:
+    _, found = stages(rendered(render_tei, name, platform))
+    (cook,) = [i for i, stage in enumerate(found) if "cargo chef cook" in str(stage.instructions)]
+
+    assert not [stage.base for stage in found[cook:] if stage.base.startswith("$")]
+    installs = [i for i, stage in enumerate(found) if "apt-get install" in str(stage.instructions)]
+    assert installs
+    assert max(installs) < cook
+
+
+@every
 def test_every_variable_is_declared_where_it_is_used(
     render_tei: RenderTei, name: str, platform: str
 ) -> None:

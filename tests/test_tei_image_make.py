@@ -283,13 +283,42 @@ def test_a_builder_that_fails_fails_make_in_one_line(repository: Path, target: s
             "the base image a.example/r:1 cannot be had",
         ),
         ("write /src/target/x.rlib: no space left on device", "the builder's disk is full"),
+        (
+            "error: could not write: No space left on device (os error 28)",
+            "the builder's disk is full",
+        ),
+        (
+            'Get "http://127.0.0.1:9/v2/": dial tcp 127.0.0.1:9: connect: connection refused',
+            "the registry 127.0.0.1:9 cannot be reached, dial tcp 127.0.0.1:9: connect: connection refused",
+        ),
+        (
+            "fatal: unable to access 'http://a.example/x/tei/': Failed to connect to a.example port 80",
+            "http://a.example/x/tei cannot be had, Failed to connect to a.example port 80",
+        ),
+        ("fatal: unable to connect to 127.0.0.1:", "git is unable to connect to 127.0.0.1"),
+        (
+            "  config.json not found in registry",
+            "CRATES_INDEX is no index of crates: it has no config.json",
+        ),
+        (
+            "E: Failed to fetch http://127.0.0.1/apt/debian/pool/o.deb  404  Not Found",
+            "http://127.0.0.1/apt/debian/pool/o.deb cannot be fetched",
+        ),
+        ("E: Unable to locate package openssl", "APT's mirror lacks the package openssl"),
         ("(signal: 9, SIGKILL: kill)", "the machine ended it for want of memory"),
         (
             'TEI 0d124dc9773b wants Rust "1.92.0", not 1.0.0: set RUST_VERSION and RUST_IMAGE.',
             'TEI 0d124dc9773b wants Rust "1.92.0", not 1.0.0: set RUST_VERSION and RUST_IMAGE',
         ),
         ("\x1b[91mpatches: queue: the anchor is not there", "queue: the anchor is not there"),
-        # The text of a step is no reason.
+        # A reason that is not the last line: where it failed comes after it.
+        (
+            "No space left on device (os error 28)\nerror: could not compile `tokio` (lib)",
+            "the builder's disk is full",
+        ),
+        # Neither the text of a step, nor an edit that was made, nor what is tried again is a reason.
+        ("patches: core/src/queue.rs", None),
+        ("warning: failed to download from `http://127.0.0.1/x`, 3 tries remaining", None),
         ('Step 9/67 : RUN echo "TEI ${TEI_REF} wants Rust x"', None),
     ],
 )
@@ -307,6 +336,33 @@ def test_why_a_build_failed_is_in_that_line(repository: Path, line: str, why: st
         == f"images: podman did not build tei{f': {why}' if why else '; the lines above say why'}."
     )
     assert line in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "where"),
+    [
+        (
+            "error: failed to run custom build command for `candle-kernels v0.8.4 (/c)`",
+            "candle-kernels v0.8.4",
+        ),
+        ("error: could not compile `text-embeddings-router` (bin)", "text-embeddings-router"),
+    ],
+)
+def test_a_build_that_failed_for_reasons_of_its_own_says_where(
+    repository: Path, line: str, where: str
+) -> None:
+    install(repository, "docker")
+    docker = repository.parent / "bin/docker"
+    docker.write_text(
+        docker.read_text() + f"echo 'patches: core/src/queue.rs'\necho '{line}'\nexit 1\n"
+    )
+    done, _ = make(repository, "tei-image")
+
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("images: ")]
+    assert (
+        said
+        == f"images: docker did not build tei: {where} cannot be compiled; the lines above say why."
+    )
 
 
 def test_a_push_without_a_digest_is_not_written(repository: Path) -> None:

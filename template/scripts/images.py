@@ -34,19 +34,31 @@ CAUSES = {
     r"(\S+ \(through \S+\) serves TEI [0-9a-f]{7,}, not .+?)\.?$": "{}",
     r"(TEI [0-9a-f]{7,} wants Rust .+?)\.?$": "{}",
     r"(TEI needs [\w.+-]+, which the image lacks)": "{}",
-    r"^patches: (.+?)\.?$": "{}",
+    r"^patches: (\S+ .+?)\.?$": "{}",  # with the name of a file alone, an edit was made
     # cargo's and git's: what a mirror lacks.
     r"no matching package named `(.+?)` found": "the index of crates lacks {}",
     r"failed to download from `(.+?)`": "{} cannot be downloaded",
     r"repository '(.+?)/?' not found": "there is no git repository {}",
     r"repository not exported: (\S+)": "there is no git repository {}",
+    r"unable to access '(.+?)/?': (.+?)\.?$": "{} cannot be had, {}",
+    r"(unable to connect to \S+):$": "git is {}",
+    r"config.json not found in registry": "CRATES_INDEX is no index of crates: it has no config.json",
+    r"^E: Failed to fetch (\S+)": "{} cannot be fetched",
+    r"^E: Unable to locate package (\S+)": "APT's mirror lacks the package {}",
     # The builders' own.
+    r"Get \"https?://([^/\"]+)/v2/\": (.+?)\.?$": "the registry {} cannot be reached, {}",
     r"(pull access denied for [^\s,]+|manifest for \S+ not found)": "the base image cannot be had, {}",
     r"(?:source metadata for|initializing source docker://)\s?(\S+?):? ": "the base image {} cannot be had",
-    r"no space left on device": "the builder's disk is full",
+    r"[Nn]o space left on device": "the builder's disk is full",
     r"signal: 9, SIGKILL|[Ee]xit code: 137|non-zero code: 137": "the machine ended it for want of memory",
 }
 """What the lines of a build that failed mean, where they are known."""
+
+WHERE = {
+    r"error: failed to run custom build command for `(\S+ v[^\s`]+)": "{} cannot be compiled",
+    r"error: could not compile `(\S+?)`": "{} cannot be compiled",
+}
+"""What they tell of a failure whose cause is not known."""
 
 HEADER = """\
 # The images that run, by digest: `make push` writes this file. One that is not here runs by its tag.
@@ -187,7 +199,7 @@ class Builder:
                 "-",
                 image.folder,
             ]
-        why = None
+        why = where = None
         with tempfile.TemporaryFile("w+") as file:
             file.write(dockerfile or "")
             file.seek(0)
@@ -203,10 +215,11 @@ class Builder:
             ) as running:
                 for line in running.stdout or ():
                     print(line, end="", flush=True)
-                    why = cause(line) or why
+                    why = cause(line, CAUSES) or why
+                    where = cause(line, WHERE) or where
         if running.returncode:
-            why = f": {why}" if why else "; the lines above say why"
-            raise Stop(f"{self.name} did not build {image.key}{why}")
+            above = f"{f': {where}' if where else ''}; the lines above say why"
+            raise Stop(f"{self.name} did not build {image.key}{f': {why}' if why else above}")
 
     def push(self, image: Image) -> str:
         """Push it under both its tags; returns the digest that the registry knows it by.
@@ -250,10 +263,12 @@ def _quiet(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def cause(line: str) -> str | None:
+def cause(line: str, known: dict[str, str]) -> str | None:
     """What a line of a build says of why it failed, if it is one that is known."""
     plain = re.sub(r"\x1b\[[0-9;]*m|^#\d+ +[\d.]+ ", "", line).strip()
-    for pattern, sentence in CAUSES.items():
+    if plain.startswith("warning:"):  # cargo tries a download again
+        return None
+    for pattern, sentence in known.items():
         if found := re.search(pattern, plain):
             return sentence.format(*found.groups())
     return None
