@@ -34,6 +34,10 @@ CRDS = {
         ("*_podmonitors.yaml", "*_prometheusrules.yaml"),
     ),
     "github.com/kedacore/keda/v2@v2.17.0": ("config/crd/bases", ("keda.sh_scaledobjects.yaml",)),
+    "github.com/external-secrets/external-secrets@v0.17.0": (
+        "config/crds/bases",
+        ("external-secrets.io_externalsecrets.yaml",),
+    ),
 }
 """Modules that hold custom resources, and where."""
 
@@ -47,12 +51,8 @@ GITOPS = {
         "config/crd/bases",
         ("source.toolkit.fluxcd.io_gitrepositories.yaml",),
     ),
-    "github.com/external-secrets/external-secrets@v0.17.0": (
-        "config/crds/bases",
-        ("external-secrets.io_externalsecrets.yaml",),
-    ),
 }
-"""The same of what deploys out of Git, and of what brings Secrets."""
+"""The same of what deploys out of Git."""
 
 USERS = {"admin-token": ("admin", "system:masters"), "tenant-token": ("bob", "")}
 """By token: name and group. bob may do what a RoleBinding says."""

@@ -26,7 +26,10 @@ VERSIONS = tuple(os.environ.get("KUBE_VERSIONS", "v1.33.13 v1.30.14").split())
 """docs/operate.md promises the older one."""
 
 MODEL = "BAAI/bge-base-en-v1.5"
-ALL = ["monitoring", "gateway", "network-policy", "api-key", "gpu-toleration"]
+ALL = [
+    *("monitoring", "gateway", "network-policy", "api-key", "gpu-toleration", "playground"),
+    "external-secrets",
+]
 SHAPES: dict[str, dict[str, Any]] = {
     "defaults": {},
     "cpu": {"accelerator": "cpu"},
@@ -118,7 +121,7 @@ def test_a_repository_lives_its_life(
     assert {name.partition(".")[0].lower() for name in changed} <= {
         kind.lower() for kind in ALWAYS_PATCHED
     }
-    the_pod_is_admitted(cluster, here)
+    the_pods_are_admitted(cluster, here)
 
     pin = objects / "base/pin.json"
     pin.write_text(pin.read_text().replace('"version": "3"', '"version": "4"'))
@@ -146,7 +149,7 @@ def test_a_repository_lives_its_life(
             ),
             "deployments,services,serviceaccounts,configmaps,networkpolicies,ingresses,"
             "poddisruptionbudgets,horizontalpodautoscalers,httproutes,podmonitors,prometheusrules,"
-            "scaledobjects",
+            "scaledobjects,externalsecrets",
         )
     )["items"]
     assert [item["kind"] for item in left] == ["ConfigMap"]  # of the earlier pin: README "Remove"
@@ -155,10 +158,11 @@ def test_a_repository_lives_its_life(
     )
 
 
-def the_pod_is_admitted(cluster: Cluster, here: str) -> None:
-    """`restricted` is enforced on pods alone, and nothing makes one here: so ask for one."""
-    found = cluster.done("--namespace", here, "get", "deployment", "e5", "--output=json")
-    admitted(cluster, here, json.loads(found)["spec"]["template"])
+def the_pods_are_admitted(cluster: Cluster, here: str) -> None:
+    """`restricted` is enforced on pods alone, and nothing makes one here: so ask for each."""
+    found = cluster.done("--namespace", here, "get", "deployments", "--output=json")
+    for deployment in json.loads(found)["items"]:
+        admitted(cluster, here, deployment["spec"]["template"])
 
 
 def admitted(cluster: Cluster, here: str, template: dict[str, Any]) -> None:

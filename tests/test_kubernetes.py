@@ -940,3 +940,55 @@ def test_the_tags_are_the_versions_of_the_programs() -> None:
 
     source = (ROOT / "template/images/model-fetch/model_fetch/__init__.py").read_text()
     assert f'__version__ = "{sizing.MODEL_FETCH_VERSION}"' in source
+
+
+@pytest.mark.parametrize(
+    ("here", "pods"),
+    [
+        ("https://mlflow.example.com", "https://mlflow.example.com"),
+        ("http://10.1.2.3:5000/team", "http://10.1.2.3:5000/team"),
+        *((uri, "http://mlflow.mlflow.svc.cluster.local:5000") for uri in (None, "")),
+        *(
+            (f"http://{host}:5000", "http://mlflow.mlflow.svc.cluster.local:5000")
+            for host in (
+                *("localhost", "127.0.0.1", "127.8.0.1", "0.0.0.0", "[::1]", "mlflow"),
+                "host.docker.internal",
+            )
+        ),
+    ],
+)
+def test_pods_reach_mlflow_where_whoever_renders_does_if_they_can(
+    here: str | None, pods: str
+) -> None:
+    assert egress.usual_tracking_uri(here) == pods
+
+
+def test_the_registry_of_the_shell_is_what_the_pods_are_told(
+    render: Callable[..., Path], pin_of: PinOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The root README has them export it; whoever presses Enter has it in the Deployment too."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example.com:9")
+    model = "BAAI/bge-base-en-v1.5"
+    folder = render(program=False, model_id=model, pin=pin_of(model))
+    [deployment] = [item for item in build(folder / "k8s") if item["kind"] == "Deployment"]
+    [fetch] = deployment["spec"]["template"]["spec"]["initContainers"]
+    told = {variable["name"]: variable.get("value") for variable in fetch["env"]}
+    assert told["MLFLOW_TRACKING_URI"] == "http://mlflow.example.com:9"
+
+
+def test_a_page_that_nobody_routes_to_is_reached_by_nobody(
+    render: Callable[..., Path], pin_of: PinOf
+) -> None:
+    """An empty list of namespaces is no object that the API server takes, nor may it mean everybody."""
+    model = "BAAI/bge-base-en-v1.5"
+    chosen = ["gateway", "network-policy", "api-key", "playground"]
+    given: dict[str, Any] = {"model_id": model, "pin": pin_of(model), "components": chosen}
+    folder = render(program=False, edge_namespaces="", **given)
+    policies = {
+        item["metadata"]["name"]: item["spec"]
+        for item in build(folder / "k8s")
+        if item["kind"] == "NetworkPolicy"
+    }
+    page = policies["text-embeddings-page"]
+    assert page["policyTypes"] == ["Ingress", "Egress"]
+    assert "ingress" not in page

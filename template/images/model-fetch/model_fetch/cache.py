@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
@@ -28,6 +29,8 @@ from .verify import digest_file, read_pieces, sha256_of, structure_problem
 MARKER = ".model-fetch.json"
 FORMAT = 1
 LONGEST_MARKER = 8 << 20  # bytes
+_OF_NFS = re.compile(r"(.*/)?\.nfs[0-9a-f]{24}")
+"""What NFS keeps of a file that was deleted while it was open (Linux, fs/nfs/unlink.c); TEI reads none."""
 DIGEST = "[0-9a-f]{64}"
 CONTENT = (
     *("registered_model", "version", "run_id", "logged_model_id", "artifact_uri"),
@@ -174,6 +177,8 @@ class VersionFolder:
             if path == MARKER:
                 continue
             file = known.pop(path, None)
+            if file is None and _OF_NFS.fullmatch(path) and stat.S_ISREG(status.st_mode):
+                continue
             if file is None:
                 return f"{path} does not belong there"
             if problem := self._changed(file, status):

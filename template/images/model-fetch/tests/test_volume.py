@@ -142,6 +142,26 @@ def test_a_changed_folder_is_noticed_and_made_anew(
         assert_ready(pod.run(model, store.url), pod, model)
 
 
+@pytest.mark.parametrize(
+    ("left", "harmless"),
+    [
+        (".nfs00000000000c31a200000007", True),
+        (".nfs.json", False),
+        (".nfs00000000000c31a200000007.onnx", False),
+        (".DS_Store", False),
+    ],
+)
+def test_what_nfs_keeps_of_a_deleted_file_costs_no_fetch(
+    pod: Pod, model: PinnedModel, left: str, harmless: bool
+) -> None:
+    with serve(model.files) as store:
+        assert_ready(pod.run(model, store.url), pod, model)
+    (pod.version_folder() / left).write_bytes(b"deleted while it was open")
+    run = pod.run(model, None)  # no server
+    assert ("already there" in run.last) is harmless
+    assert (run.code == 0) is harmless
+
+
 def test_a_restored_backup_is_read_once_and_kept(pod: Pod, model: PinnedModel) -> None:
     with serve(model.files) as store:
         assert_ready(pod.run(model, store.url), pod, model)
