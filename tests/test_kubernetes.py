@@ -992,3 +992,29 @@ def test_a_page_that_nobody_routes_to_is_reached_by_nobody(
     page = policies["text-embeddings-page"]
     assert page["policyTypes"] == ["Ingress", "Egress"]
     assert "ingress" not in page
+
+
+@pytest.mark.parametrize(
+    ("routed", "let_in"),
+    [
+        ([], ["monitoring"]),
+        (["gateway"], ["monitoring", "infra"]),
+        (["ingress"], ["monitoring", "traefik"]),
+        (["gateway", "ingress"], ["monitoring", "infra", "traefik"]),
+    ],
+)
+def test_whoever_routes_is_let_in_unless_told_otherwise(
+    routed: list[str], let_in: list[str], render: Callable[..., Path], pin_of: PinOf
+) -> None:
+    model = "BAAI/bge-base-en-v1.5"
+    given: dict[str, Any] = {"model_id": model, "pin": pin_of(model), "open_to_everyone": True}
+    chosen = ["network-policy", *routed]
+    folder = render(
+        program=False, components=chosen, gateway_listener="infra/shared/https", **given
+    )
+    [policy] = [item for item in build(folder / "k8s") if item["kind"] == "NetworkPolicy"]
+    [rule] = policy["spec"]["ingress"]
+    [namespaces] = [
+        peer["namespaceSelector"] for peer in rule["from"] if "namespaceSelector" in peer
+    ]
+    assert namespaces["matchExpressions"][0]["values"] == let_in
