@@ -340,6 +340,20 @@ def test_without_kubectl_that_is_what_is_missing(
     assert state(states, "kubectl, without which") == "missing"
 
 
+def test_what_kubectl_repeats_of_a_server_stays_text(
+    render: Render, doctor: Doctor, tmp_path: Path
+) -> None:
+    kubectl = tmp_path / "bin/kubectl"
+    kubectl.write_text(
+        "#!/bin/sh\ncase $2 in config) echo https://there ;; esac\n"
+        "printf 'said \\033[2J this' >&2\nexit 1\n"
+    )
+    kubectl.chmod(0o755)
+    _, states, _ = doctor(projected(render, "none"))
+    assert any("said" in text for text in states)
+    assert not any(c in text for text in states for c in "\x1b\r")
+
+
 @pytest.mark.parametrize(("code", "expected"), [(200, "asks for no login"), (503, "answers 503")])
 def test_a_registry_without_a_login_and_one_that_is_none(
     code: int, expected: str, render: Render, doctor: Doctor

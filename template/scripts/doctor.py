@@ -65,7 +65,8 @@ class Line:
     command: str = ""
 
     def __str__(self) -> str:
-        return f"{self.state:15}{self.text}" + (f"\n{'':15}{self.command}" if self.command else "")
+        text = "".join(c if c.isprintable() else " " for c in self.text)  # what others say is in it
+        return f"{self.state:15}{text}" + (f"\n{'':15}{self.command}" if self.command else "")
 
 
 def ok(text: str) -> Line:
