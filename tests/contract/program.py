@@ -18,7 +18,8 @@ import shutil
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
@@ -336,23 +337,25 @@ def markdown() -> str:
         lines.append(
             f"| {name} | {' | '.join(paths)} | {pooling} | {prefixes} | {numbers or '-'} |"
         )
-    what = f"TEI {noted['commit'][:12]} on a CPU, {noted['date']}, {noted['starts']} starts, no faults."
+    rows = noted["rows"].values()
+    newest, starts = max(row["date"] for row in rows), sum(row["starts"] for row in rows)
+    what = f"TEI {noted['commit'][:12]} on a CPU, {newest}: "
+    what += f"{len(rows)} architectures, {starts} starts, no faults."
     return "\n".join([*lines, "", what])
 
 
-def _write(programs: list[Program], rows: list[str]) -> None:
-    """Note the rows; those of an earlier run on the same commit stay."""
+def _write(programs: list[Program], starts: Mapping[str, int]) -> None:
+    """Note the rows (name -> starts of TEI); those of an earlier run on the same commit stay."""
     worst = {"edited" if p.edited else "plain": p.worst for p in programs}
     noted = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     earlier = noted if noted.get("commit") == real_tei.commit() else {}
     new = {
         row: {kind: round(found[row], 7) for kind, found in worst.items() if row in found}
-        for row in rows
+        | {"starts": count, "date": date.today().isoformat()}
+        for row, count in starts.items()
     }
     note = {
         "commit": real_tei.commit(),
-        "date": date.today().isoformat(),
-        "starts": earlier.get("starts", 0) + sum(program.starts for program in programs),
         "rows": dict(sorted((earlier.get("rows", {}) | new).items())),
     }
     tiny.write(RESULT, note)
@@ -373,6 +376,7 @@ def main(arguments: list[str]) -> int:
     start = time.monotonic()
     faults: list[str] = []
     programs: list[Program] = []
+    starts: Counter[str] = Counter()
     for edited in (False, True):
         if real_tei.router(edited) is None:
             print(f"left out, {'with' if edited else 'without'} our edits: {real_tei.LEFT_OUT}")
@@ -380,15 +384,17 @@ def main(arguments: list[str]) -> int:
         program = Program(edited)
         print(f"# TEI {real_tei.commit()[:12]} {'with our edits' if edited else 'without edits'}")
         for name in given.rows:
+            before = program.starts
             faults += verify(name, program, given.quick, lambda line: print(line, flush=True))
+            starts[name] += program.starts - before
         programs.append(program)
-    starts, took = sum(p.starts for p in programs), time.monotonic() - start
+    took = time.monotonic() - start
     found = f"faults: {len(faults) or 'none'}"
-    print(f"\n{len(given.rows)} rows, {starts} starts of TEI, {took:.0f} s; {found}")
+    print(f"\n{len(given.rows)} rows, {starts.total()} starts of TEI, {took:.0f} s; {found}")
     for fault in faults:
         print(f"  {fault}")
     if given.write and not faults and len(programs) == 2 and not given.quick:
-        _write(programs, given.rows)
+        _write(programs, starts)
     return 1 if faults else 0
 
 
