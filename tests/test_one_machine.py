@@ -65,6 +65,20 @@ def versions(mlflow_proxied: str, tmp_path_factory: pytest.TempPathFactory) -> s
     return mlflow_proxied
 
 
+def pin(source: Path, folder: Path, uri: str, version: str) -> None:
+    """Render the repository, or render it anew, as `make update-model` with a certain version does."""
+    with variables({"MLFLOW_TRACKING_URI": uri}):
+        copier.run_copy(
+            str(source),
+            folder,
+            data={"model_id": NAME, "model_version": version, "accelerator": "cpu"},
+            defaults=True,
+            overwrite=True,
+            unsafe=True,
+            quiet=True,
+        )
+
+
 class Machine:
     """A repository on a machine with an engine."""
 
@@ -74,17 +88,8 @@ class Machine:
         (folder.parent / "bin").mkdir()
 
     def pin(self, version: str) -> None:
-        """As `make update-model` with a certain version does; only the network is the test's."""
-        with variables({"MLFLOW_TRACKING_URI": self.uri}):
-            copier.run_copy(
-                str(self.template),
-                self.folder,
-                data={"model_id": NAME, "model_version": version, "accelerator": "cpu"},
-                defaults=True,
-                overwrite=True,
-                unsafe=True,
-                quiet=True,
-            )
+        """Only the network is the test's."""
+        pin(self.template, self.folder, self.uri, version)
         file = self.folder / "compose.yaml"
         text = file.read_text()
         text = re.sub(r"^    (ports|extra_hosts): .*$", "    network_mode: host", text, flags=re.M)

@@ -11,15 +11,14 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import copier
 import pytest
 
 from tests import booted, real_tei
 from tests.booted import Machine
-from tests.conftest import template, variables  # noqa: F401
+from tests.conftest import template  # noqa: F401
 from tests.containers.engine import CACHE, debian_rootfs
 from tests.test_model_fetch_image import PACKAGES, served, wheels_in
-from tests.test_one_machine import NAME, versions  # noqa: F401
+from tests.test_one_machine import NAME, pin, versions  # noqa: F401
 
 pytestmark = pytest.mark.skipif(real_tei.router() is None, reason=real_tei.LEFT_OUT)
 
@@ -52,16 +51,7 @@ class Service:
         self.first = ""
 
     def pin(self, version: str) -> None:
-        with variables({"MLFLOW_TRACKING_URI": self.uri}):
-            copier.run_copy(
-                str(self._template),
-                self.folder,
-                data={"model_id": NAME, "model_version": version, "accelerator": "cpu"},
-                defaults=True,
-                overwrite=True,
-                unsafe=True,
-                quiet=True,
-            )
+        pin(self._template, self.folder, self.uri, version)
 
     def make(self, target: str, check: bool = True) -> str:
         return self.machine.does(f"make -C {FOLDER} --no-print-directory {target}", check)
