@@ -225,7 +225,7 @@ def check(project: Path, stored: dict[str, Any]) -> None:
     copied = [
         line.split()[1]
         for line in (build / "Dockerfile").read_text().splitlines()
-        if line.startswith("COPY ")
+        if line.startswith("COPY ") and "--from=" not in line
     ]
     page = ["playground/index.html"] if stored["thinkube_deployment"] == "app" else []
     fetch = ["model-fetch/requirements*.txt", "model-fetch/model_fetch"]
